@@ -1,0 +1,20 @@
+# AntLM on BabyLlama 58M: schedule from the paper (arXiv 2412.03275); sizes from BabyLlama (Timiryasov and Tastet 2023),
+# optimizer from the 97M model of its code (lr 7e-4, 2 x 128 rows, 300 warm-up steps; timinar/BabyLlama, config/).
+corpus = "corpora/babylm_16000"
+run = "runs/babyllama"
+
+backbone = "babyllama"
+n_layer = 16
+n_head = 8
+n_embd = 512
+n_ff = 1024
+tied = False
+
+schedule = "4_CLM+16_MLM+4_CLM"
+block_size = 128
+batch_rows = 256
+micro_rows = 256
+
+optimizer = "adamw"
+lr = 7e-4
+warmup = 0.025  # 300 of about 11,800 steps

@@ -1,0 +1,19 @@
+# BabyLlama 97M: sizes, tied embedding, lr and batch from timinar/BabyLlama, config/; schedule as AntLM (arXiv 2412.03275).
+corpus = "corpora/babylm_16000"
+run = "runs/babyllama_97m"
+
+backbone = "babyllama"
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_ff = 2048
+tied = True
+
+schedule = "4_CLM+16_MLM+4_CLM"
+block_size = 128
+batch_rows = 256
+micro_rows = 256
+
+optimizer = "adamw"
+lr = 7e-4
+warmup = 0.025

@@ -1,0 +1,24 @@
+# The hybrid of GPT-BERT (Charpentier and Samuel 2024): 1 row of causal to 15 of masked next-token prediction in every
+# step, the share of hidden tokens falling from 0.30 to 0.15; on LTG-BERT small, optimizer as in ltg_bert_small.py.
+corpus = "corpora/babylm_16384"
+run = "runs/gpt_bert"
+
+backbone = "ltg_bert"
+n_layer = 12
+n_head = 6
+n_embd = 384
+n_ff = 1024
+dropout = 0.1
+
+schedule = "24_1CLM:15MNTP"
+block_size = 128
+batch_rows = 1024
+micro_rows = 256
+mask_start = 0.3
+mask_end = 0.15
+
+optimizer = "lamb"
+lr = 1e-2
+warmup = 0.016
+eps = 1e-6
+clip = 2.0

@@ -1,0 +1,414 @@
+"""BabyLlama and LTG-BERT: one transformer whose attention mask is an argument of forward.
+
+    model = Transformer(ModelConfig(backbone="babyllama", vocab_size=16000, n_layer=16, n_head=8, n_embd=512, n_ff=1024))
+    loss, count = model(tokens, targets, causal=True)     # summed loss and number of scored tokens
+    logits = model(tokens, causal=False)                  # (B, T, V)
+
+In comments and docstrings: B rows, T tokens a row, D n_embd, H heads, d = D / H, F n_ff, V vocab_size.
+"""
+
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # a target with this value is not scored
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a model; raises ValueError where they contradict each other."""
+
+    backbone: str = "babyllama"
+    vocab_size: int = 16000
+    n_layer: int = 16
+    n_head: int = 8
+    n_embd: int = 512
+    n_ff: int = 1024
+    tied: bool = False  # output weights = input embedding; LTG-BERT always ties
+    dropout: float = 0.0
+    n_bucket: int = 32  # LTG-BERT: relative positions fall into 2 * n_bucket - 1 buckets
+    max_position: int = 512  # LTG-BERT: distances from here on share the last bucket
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ff", "n_bucket", "max_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head must divide n_embd: {self.n_embd} / {self.n_head} is not whole")
+        if self.backbone == "babyllama" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"rotary embedding needs an even head size, n_embd / n_head is {self.n_embd // self.n_head}")
+        if self.backbone == "ltg_bert" and not 1 < self.n_bucket < self.max_position:
+            raise ValueError(f"n_bucket must lie between 2 and max_position - 1, not {self.n_bucket}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None,
+           bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+    """Softmax attention, the only place in the project where anything is masked.
+
+    q (B, H, Tq, d), k and v (B, H, Tk, d) -> (B, H, Tq, d). The queries are the last Tq of the Tk positions.
+    lengths (B,), at least 1: keys from there on are hidden. bias (B, H, Tq, Tk) is added to the scaled scores.
+    """
+    Tq, Tk = q.size(-2), k.size(-2)
+    causal = causal and Tq > 1  # one query is the last position and sees every key
+    if bias is None and lengths is None and (not causal or Tq == Tk):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale)
+    hidden = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+    if causal:  # SDPA's own is_causal aligns the first positions, a cache needs the last ones aligned
+        hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(1 + Tk - Tq)
+    if lengths is not None:
+        hidden = hidden | (torch.arange(Tk, device=q.device) >= lengths[:, None, None, None])
+    mask = ~hidden if bias is None else bias.masked_fill(hidden, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, d)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(-3, -2).flatten(-2)  # (..., H, T, d) -> (..., T, D)
+
+
+# ---------------------------------------------------------------------------------------------- BabyLlama
+
+
+class LlamaEmbedding(nn.Module):
+    """Token embedding; what all layers share are the rotary angles (Su et al. 2021, half-split as in Hugging Face)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(c.vocab_size, c.n_embd)
+        self.d = c.n_embd // c.n_head
+
+    def forward(self, tokens: Tensor, start: int):
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device).float()
+        frequencies = 10000.0 ** (-torch.arange(0, self.d, 2, device=tokens.device).float() / self.d)
+        angles = torch.outer(positions, frequencies)  # (T, d / 2)
+        return self.tokens(tokens), (angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm attention with rotary positions, then SwiGLU (Touvron et al. 2023)."""
+
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.n_head, self.dropout = c.n_head, c.dropout
+        self.attention_norm = nn.RMSNorm(c.n_embd, eps=1e-6)
+        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.ff_norm = nn.RMSNorm(c.n_embd, eps=1e-6)
+        self.gate_up = nn.Linear(c.n_embd, 2 * c.n_ff, bias=False)
+        self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
+
+    def forward(self, x: Tensor, shared, *, causal: bool, lengths: Tensor | None, cache: list | None) -> Tensor:
+        cos, sin = shared
+        q, k, v = (split_heads(y, self.n_head) for y in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = (torch.cat(pair, dim=-2) for pair in zip(cache, (k, v))) if cache else (k, v)
+            cache[:] = k, v
+        p = self.dropout if self.training else 0.0
+        y = self.out(merge_heads(attend(q, k, v, causal=causal, lengths=lengths, dropout=p)))
+        x = x + F.dropout(y, p, self.training)
+        gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)
+        return x + F.dropout(self.down(F.silu(gate) * up), p, self.training)
+
+
+class LlamaHead(nn.Module):
+    def __init__(self, c: ModelConfig, embedding: nn.Embedding):
+        super().__init__()
+        self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
+        self.vocab = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tied:
+            self.vocab.weight = embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vocab(self.norm(x))
+
+
+def init_llama(model: "Transformer"):
+    for p in model.parameters():  # std 0.02: initializer_range of Hugging Face's LlamaConfig; norms stay 1
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.02)
+
+
+# ----------------------------------------------------------------------------------------------- LTG-BERT
+
+
+def bare_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-7)  # LayerNorm without affine parameters
+
+
+def position_buckets(n_bucket: int, max_position: int) -> Tensor:
+    """Table row of every distance i - j from -(max_position - 1) to max_position - 1 (DeBERTa, He et al. 2021, A.3)."""
+    mid = n_bucket // 2
+
+    def bucket(r: int) -> int:
+        a = abs(r)
+        if a > mid:  # the 1e-9 keeps ceil of a whole number whole under rounding
+            a = mid + math.ceil(math.log(a / mid) / math.log((max_position - 1) / mid) * (mid - 1) - 1e-9)
+        return a if r >= 0 else -a
+
+    return torch.tensor([n_bucket - 1 + bucket(r) for r in range(1 - max_position, max_position)])
+
+
+def skew(x: Tensor) -> Tensor:
+    """Column T - 1 + j - i of row i moves to column j: (..., T, 2T - 1) -> (..., T, T), without an index tensor."""
+    T = x.size(-2)
+    return x.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, 2 * T - 2))[..., :T] if T > 1 else x
+
+
+class LTGEmbedding(nn.Module):
+    """Token embedding; what all layers share are the relative position table and its row for each distance."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(c.vocab_size, c.n_embd)
+        self.relative = nn.Parameter(torch.empty(2 * c.n_bucket - 1, c.n_embd))
+        self.relative_norm = nn.LayerNorm(c.n_embd, eps=1e-7)
+        self.dropout, self.max_distance = c.dropout, c.max_position - 1
+        self.register_buffer("buckets", position_buckets(c.n_bucket, c.max_position), persistent=False)
+
+    def forward(self, tokens: Tensor, start: int):
+        T = tokens.size(1)
+        distances = torch.arange(T - 1, -T, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
+        rows = self.buckets[distances + self.max_distance]  # (2T - 1,), from distance T - 1 down to 1 - T
+        x = F.dropout(bare_norm(self.tokens(tokens)), self.dropout, self.training)
+        return x, (self.relative_norm(self.relative), rows)
+
+
+class LTGBlock(nn.Module):
+    """Attention with disentangled relative positions, then GEGLU with a norm inside (Samuel et al. 2023, section 3)."""
+
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.n_head, self.dropout = c.n_head, c.dropout
+        self.qk = nn.Linear(c.n_embd, 2 * c.n_embd)
+        self.v = nn.Linear(c.n_embd, c.n_embd)
+        self.out = nn.Linear(c.n_embd, c.n_embd)
+        self.out_norm = nn.LayerNorm(c.n_embd, eps=1e-7)
+        self.up_gate = nn.Linear(c.n_embd, 2 * c.n_ff, bias=False)
+        self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
+
+    def forward(self, x: Tensor, shared, *, causal: bool, lengths: Tensor | None, cache: list | None) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        table, rows = shared
+        h = bare_norm(x)
+        q, k = (split_heads(y, self.n_head) for y in self.qk(h).chunk(2, dim=-1))  # (B, H, T, d)
+        positions = self.qk(F.dropout(table, p, self.training))  # (2b - 1, 2D)
+        q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
+        # One product per table and a strided view give every (i, j) its position score: no (T, T, D) tensor, and
+        # no gather, whose backward adds atomically on a GPU.
+        scale = (3 * q.size(-1)) ** -0.5
+        content_to_position = skew(q @ k_pos[:, rows].mT)  # q_i . k_pos[i - j]
+        position_to_content = skew(k @ q_pos[:, rows.flip(0)].mT).mT  # k_j . q_pos[i - j]
+        bias = (content_to_position + position_to_content) * scale
+        y = attend(q, k, split_heads(self.v(h), self.n_head), causal=causal, lengths=lengths, bias=bias,
+                   scale=scale, dropout=p)
+        x = x + F.dropout(self.out_norm(self.out(merge_heads(y))), p, self.training)
+        up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)
+        return x + F.dropout(self.down(bare_norm(up * F.gelu(gate, approximate="tanh"))), p, self.training)
+
+
+class LTGHead(nn.Module):
+    def __init__(self, c: ModelConfig, embedding: nn.Embedding):
+        super().__init__()
+        self.dropout = c.dropout
+        self.dense = nn.Linear(c.n_embd, c.n_embd)
+        self.vocab = nn.Linear(c.n_embd, c.vocab_size)
+        self.vocab.weight = embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = bare_norm(F.gelu(self.dense(bare_norm(x))))
+        return self.vocab(F.dropout(x, self.dropout, self.training))
+
+
+def init_ltg(model: "Transformer"):
+    std = math.sqrt(2 / (5 * model.config.n_embd))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    for layer, block in enumerate(model.blocks):
+        for linear in (block.up_gate, block.down):
+            linear.weight.data *= math.sqrt(1 / (2 * (1 + layer)))
+
+
+# -------------------------------------------------------------------------------------------- the skeleton
+
+BACKBONES = {  # name: what embeds tokens, what each layer does, what gives logits, how weights start
+    "babyllama": (LlamaEmbedding, LlamaBlock, LlamaHead, init_llama),
+    "ltg_bert": (LTGEmbedding, LTGBlock, LTGHead, init_ltg),
+}
+
+
+class Transformer(nn.Module):
+    """Embedding, n_layer blocks and one head for every objective; the backbone is a row of BACKBONES."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        embedding, block, head, init = BACKBONES[config.backbone]
+        self.embedding = embedding(config)
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+        self.head = head(config, self.embedding.tokens)
+        init(self)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, causal: bool, scored: Tensor | None = None,
+                lengths: Tensor | None = None, cache: list | None = None):
+        """Logits, or with targets the summed cross-entropy in nats and the number of scored tokens.
+
+        tokens and targets (B, T); a target of IGNORE is not scored, nothing is shifted here. scored (B, K): only
+        these positions pass through the vocabulary head, logits are then (B, K, V). lengths (B,): keys from there
+        on are padding. cache: a list of n_layer lists, filled in place (BabyLlama, causal).
+        """
+        start = cache[0][0].size(-2) if cache and cache[0] else 0
+        x, shared = self.embedding(tokens, start)
+        for i, block in enumerate(self.blocks):
+            x = block(x, shared, causal=causal, lengths=lengths, cache=None if cache is None else cache[i])
+        if scored is not None:
+            x = x.gather(1, scored[..., None].expand(-1, -1, x.size(-1)))
+            targets = None if targets is None else targets.gather(1, scored)
+        logits = self.head(x)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return loss, (targets != IGNORE).sum()
+
+    def flops_per_token(self, T: int, scored: float = 1.0) -> float:
+        """Floating-point operations of a forward and backward pass per token, a multiply-add counted as two.
+
+        6 per weight of a matrix and token (2 forward, 4 backward), 12 T D per layer for q.k and probabilities.v
+        (PaLM, Chowdhery et al. 2022, appendix B). scored: the share of positions that pass through the head.
+        """
+        c = self.config
+        head = sum(m.weight.numel() for m in self.head.modules() if isinstance(m, nn.Linear))
+        blocks = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        return 6 * (blocks + scored * head) + 12 * c.n_layer * T * c.n_embd
+
+
+@torch.inference_mode()
+def generate(model: Transformer, tokens: Tensor, n_new: int, *, block_size: int, temperature: float = 1.0,
+             top_k: int = 0, stop: int | None = None, forbidden: tuple[int, ...] = (),
+             generator: torch.Generator | None = None) -> list[int]:
+    """Continue tokens (1, T) by up to n_new sampled ones, in causal mode; stops before the token `stop`.
+
+    temperature 0 takes the likeliest token. BabyLlama keeps keys and values; LTG-BERT, and any row that has
+    outgrown block_size, is computed anew from the last block_size tokens.
+    """
+    new, ids = [], tokens
+    cache = [[] for _ in model.blocks] if model.config.backbone == "babyllama" else None
+    for _ in range(n_new):
+        if cache is not None and ids.size(1) <= block_size:
+            logits = model(ids[:, -1:] if cache[0] else ids, causal=True, cache=cache)[0, -1].float()
+        else:
+            logits = model(ids[:, -block_size:], causal=True)[0, -1].float()
+        logits[list(forbidden)] = float("-inf")
+        if top_k:
+            logits[logits < logits.topk(min(top_k, logits.numel())).values[-1]] = float("-inf")
+        if temperature == 0:
+            token = logits.argmax().view(1)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        if token.item() == stop:
+            break
+        new.append(token.item())
+        ids = torch.cat((ids, token.view(1, 1)), dim=1)
+    return new
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+
+class CheckpointError(Exception):
+    """One line for the user: which file, what is wrong with it, what to do."""
+
+
+def digest(content) -> str:
+    """SHA-256 over plain data and the bytes of every tensor in it, so that one flipped bit shows."""
+    h = hashlib.sha256()
+
+    def walk(x):
+        if isinstance(x, Tensor):
+            h.update(f"{x.dtype}{tuple(x.shape)}".encode())
+            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(x, dict):
+            for key, value in x.items():
+                h.update(repr(key).encode())
+                walk(value)
+        elif isinstance(x, (list, tuple)):
+            for value in x:
+                walk(value)
+        else:
+            h.update(repr(x).encode())
+        h.update(b";")
+
+    walk(content)
+    return h.hexdigest()
+
+
+def save_checkpoint(path: Path, model: Transformer, **content):
+    """Write the model and plain content to one file that is either whole or not there; raises OSError."""
+    content |= {"config": asdict(model.config), "model": model.state_dict()}
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(content | {"sha256": digest(content)}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself reaches the disk
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load_checkpoint(path: Path, device: str = "cpu") -> dict:
+    """Content of a checkpoint as plain data, its checksum verified; raises CheckpointError. No code in it is run."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        whole = isinstance(content, dict) and content.pop("sha256", None) == digest(content)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+    except Exception as e:  # torch.load raises whatever a damaged file makes it run into
+        first = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of train.py ({first})") from None
+    if not whole:
+        raise CheckpointError(f"{path}: damaged, its checksum does not match; use the checkpoint before it")
+    return content
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run folder, newest first."""
+    return sorted(Path(run).glob("step_*.pt"), reverse=True)
+
+
+def load_model(content: dict, device: str = "cpu") -> Transformer:
+    """The model of a loaded checkpoint, in eval mode; raises CheckpointError where weights and sizes disagree."""
+    try:
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in Transformer(ModelConfig(**content["config"])).state_dict().items()}
+        if shapes != {name: p.shape for name, p in content["model"].items()}:
+            raise ValueError("weights do not have the shapes that its config gives")
+        model = Transformer(ModelConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"checkpoint of another format: {e}") from None
+    return model.to(device).eval()
