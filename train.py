@@ -3,7 +3,7 @@
     python train.py config/quickstart.py                                 # one process, CPU or GPU
     torchrun --standalone --nproc_per_node=8 train.py config/babyllama.py    # one node
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/ltg_bert.py
-    python train.py config/babyllama.py --schedule=24_CLM --run=runs/clm     # any setting below can be a flag
+    python train.py config/babyllama.py --schedule=24_CLM --out_dir=runs/clm     # any setting below can be a flag
     python train.py config/babyllama.py --resume                         # go on from the newest checkpoint
 """
 
@@ -35,7 +35,7 @@ from schedule import DECAYS, OBJECTIVES, Schedule, parse
 class Settings:
     # where from and where to
     corpus: str = "corpora/babylm"  # folder made by data.py
-    run: str = "runs/babylm"  # folder for checkpoints, metrics and settings
+    out_dir: str = "runs/babylm"  # folder for checkpoints, metrics and settings
     resume: bool = False  # go on from the newest checkpoint in it
     prepare: tuple = ()  # commands that make the corpus if it is missing, each a Python file with its arguments
     score: str = ""  # minimal pairs that eval.py scores when training ends
@@ -114,7 +114,7 @@ class Settings:
 
 
 # Settings that may differ when a run goes on; all others would make it a different run.
-FREE = {"corpus", "run", "resume", "prepare", "score", "micro_rows", "log_every", "eval_every", "eval_rows",
+FREE = {"corpus", "out_dir", "resume", "prepare", "score", "micro_rows", "log_every", "eval_every", "eval_rows",
         "save_every", "keep", "device", "precision", "compile"}
 
 
@@ -209,9 +209,9 @@ def make_optimizers(model: Transformer, s: Settings, device: torch.device) -> li
 
 def open_run(s: Settings, corpus: Corpus, p: Processes) -> dict | None:
     """Make the run folder, or find in it what to go on from -> content of the newest whole checkpoint, or None."""
-    run, found, content = Path(s.run), checkpoints(s.run), None
+    run, found, content = Path(s.out_dir), checkpoints(s.out_dir), None
     if found and not s.resume:
-        raise TrainError(f"{run}: holds a run already ({found[0].name}); go on with --resume or choose another --run")
+        raise TrainError(f"{run}: holds a run already ({found[0].name}); go on with --resume or choose another --out_dir")
     for path in found:
         try:
             content = load_checkpoint(path)
@@ -223,11 +223,11 @@ def open_run(s: Settings, corpus: Corpus, p: Processes) -> dict | None:
         for name in sorted(ours.keys() - FREE):
             if theirs.get(name) != ours[name]:
                 raise TrainError(f"{path}: was trained with {name}={theirs.get(name)!r}, not {ours[name]!r}; "
-                                      "a changed setting needs a new --run")
+                                      "a changed setting needs a new --out_dir")
         if content["tokenizer_sha256"] != corpus.tokenizer.sha256 or content["tokens_sha256"] != corpus.meta["train"]["sha256"]:
             raise TrainError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
     elif found:
-        raise TrainError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --run")
+        raise TrainError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --out_dir")
     if p.rank == 0:
         (run / "source" / "config").mkdir(parents=True, exist_ok=True)
         here = Path(__file__).parent
@@ -243,10 +243,10 @@ def open_run(s: Settings, corpus: Corpus, p: Processes) -> dict | None:
 
 def save(s: Settings, schedule: Schedule, corpus: Corpus, model: Transformer, optimizers, step: int):
     """Write a checkpoint of `step` finished steps; drop all but the newest s.keep and those that end a phase."""
-    save_checkpoint(Path(s.run) / f"step_{step:07}.pt", model, step=step, settings=asdict(s),
+    save_checkpoint(Path(s.out_dir) / f"step_{step:07}.pt", model, step=step, settings=asdict(s),
                     optimizer=[o.state_dict() for o in optimizers], boundary=corpus.boundary,
                     tokenizer_sha256=corpus.tokenizer.sha256, tokens_sha256=corpus.meta["train"]["sha256"])
-    for old in checkpoints(s.run)[s.keep:]:
+    for old in checkpoints(s.out_dir)[s.keep:]:
         if not schedule.ends_phase(int(old.stem.removeprefix("step_")) - 1):
             old.unlink()
 
@@ -333,7 +333,7 @@ def train(s: Settings):
           f"{s.schedule}: {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of {s.batch_rows} x {s.block_size} tokens\n"
           f"device {p.device} ({name}), {p.world} process(es); "
           f"precision {'bfloat16 autocast' if bf16 else 'float32'} ({s.precision}); "
-          f"compile {'on' if compiled else 'off'} ({s.compile}: on for a GPU, off elsewhere)\nrun {s.run}"
+          f"compile {'on' if compiled else 'off'} ({s.compile}: on for a GPU, off elsewhere)\nrun {s.out_dir}"
           + (f", resumed after step {first}" if first else ""))
 
     stop = []  # signals received; the step in progress is finished and saved first
@@ -345,7 +345,7 @@ def train(s: Settings):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    metrics = open(Path(s.run) / "metrics.jsonl", "a") if p.rank == 0 else None
+    metrics = open(Path(s.out_dir) / "metrics.jsonl", "a") if p.rank == 0 else None
 
     def record(**entry):
         if metrics:
@@ -408,7 +408,7 @@ def train(s: Settings):
             now = time.time()
             speed, left = tokens_seen / (now - logged), (now - began) / (done - first) * (schedule.steps - done)
             if not np.isfinite([*losses.values(), norm.item()]).all():
-                raise TrainError(f"{s.run}: loss {losses} or gradient norm {norm.item()} is not finite in the steps up to "
+                raise TrainError(f"{s.out_dir}: loss {losses} or gradient norm {norm.item()} is not finite in the steps up to "
                                       f"{done}; nothing was saved since the last checkpoint; lower lr or clip")
             p.say(f"step {done}/{schedule.steps}  epoch {done / schedule.steps_per_epoch:.2f}/{schedule.epochs}  {phase}  "
                   + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
@@ -436,11 +436,11 @@ def train(s: Settings):
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
     if p.rank == 0:
         minutes = (time.time() - began) / 60
-        print(f"trained {s.run} in {minutes:.1f} minutes", flush=True)
+        print(f"trained {s.out_dir} in {minutes:.1f} minutes", flush=True)
         if s.score:
             for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]):
-                print("python eval.py", shlex.join([s.run, *arguments]), flush=True)
-                subprocess.run([sys.executable, "eval.py", s.run, *arguments], check=True)
+                print("python eval.py", shlex.join([s.out_dir, *arguments]), flush=True)
+                subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments], check=True)
 
 
 if __name__ == "__main__":

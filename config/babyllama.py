@@ -1,7 +1,7 @@
 # AntLM on BabyLlama 58M: schedule from the paper (arXiv 2412.03275); sizes from BabyLlama (Timiryasov and Tastet 2023),
 # optimizer from the 97M model of its code (lr 7e-4, 2 x 128 rows, 300 warm-up steps; timinar/BabyLlama, config/).
 corpus = "corpora/babylm_16000"
-run = "runs/babyllama"
+out_dir = "runs/babyllama"
 
 backbone = "babyllama"
 n_layer = 16

@@ -1,6 +1,6 @@
 # BabyLlama 97M: sizes, tied embedding, lr and batch from timinar/BabyLlama, config/; schedule as AntLM (arXiv 2412.03275).
 corpus = "corpora/babylm_16000"
-run = "runs/babyllama_97m"
+out_dir = "runs/babyllama_97m"
 
 backbone = "babyllama"
 n_layer = 12

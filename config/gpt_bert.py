@@ -1,7 +1,7 @@
 # The hybrid of GPT-BERT (Charpentier and Samuel 2024): 1 row of causal to 15 of masked next-token prediction in every
 # step, the share of hidden tokens falling from 0.30 to 0.15; on LTG-BERT small, optimizer as in ltg_bert_small.py.
 corpus = "corpora/babylm_16384"
-run = "runs/gpt_bert"
+out_dir = "runs/gpt_bert"
 
 backbone = "ltg_bert"
 n_layer = 12

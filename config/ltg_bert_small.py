@@ -1,7 +1,7 @@
 # AntLM on LTG-BERT small: sizes and optimizer from LTG-BERT (Samuel et al. 2023; ltgoslo/ltg-bert, babylm/),
 # schedule from AntLM (arXiv 2412.03275) as its authors' tables are remembered: check it against the paper.
 corpus = "corpora/babylm_16384"
-run = "runs/ltg_bert_small"
+out_dir = "runs/ltg_bert_small"
 
 backbone = "ltg_bert"
 n_layer = 12

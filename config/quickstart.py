@@ -1,6 +1,6 @@
 # The quick start: causal, masked, causal on a small English grammar; under 3 minutes on 2 CPU cores.
 corpus = "corpora/grammar"
-run = "runs/quickstart"
+out_dir = "runs/quickstart"
 prepare = ("tools/grammar.py corpora/grammar_text",
            "data.py corpora/grammar_text/train.txt --dev corpora/grammar_text/dev.txt --out corpora/grammar --vocab_size 1024")
 score = "corpora/grammar_text/pairs"
