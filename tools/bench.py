@@ -102,6 +102,8 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
             number += 1
         sync()
         pipe.send((time.perf_counter() - began, parts))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the other cases need the room
     memory = torch.cuda.max_memory_allocated() if bf16 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     head = 1.0 if objective == "CLM" else batches.slots / s.block_size
     flops = None if peer else model.flops_per_token(s.block_size, head)
@@ -159,9 +161,8 @@ def main():
                         theirs, [file, *overrides], objective, compiled == "on", peer, a.rows, a.threads, device))
                     process.start()
                     pipe.send((2, False))  # warm-up, with compilation
+                    pipe.recv()
                     cases.append(((file, objective, compiled, peer), pipe, []))
-    for _, pipe, _ in cases:
-        pipe.recv()
     for _ in range(a.rounds):
         for _, pipe, seconds in cases:
             pipe.send((a.steps, False))
