@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import regex  # what tiktoken itself splits with; comes with it
+import regex  # comes with tiktoken
 import tiktoken
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<mask>": 3}
@@ -27,6 +27,7 @@ PAD, START, END, MASK = SPECIAL.values()
 # line and as a whole, and can be encoded in large blocks.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+(?!\S)|[^\S\n]+"
 BOUNDARIES = ("line", "document", "none")  # what a start token stands in front of
+TEXT = (".train", ".dev", ".txt")
 BLOCK = 1 << 22  # bytes of text held at a time
 
 
@@ -41,7 +42,7 @@ def text_files(paths: list[str]) -> list[Path]:
     """Files named, and those in folders named that end in .train, .dev or .txt, sorted; raises DataError."""
     files = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".train", ".dev", ".txt"))
+        found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in TEXT and f.is_file())
         if not found:
             what = "holds no .train, .dev or .txt file" if path.is_dir() else "does not exist"
             raise DataError(f"{path}: {what}; name text files or folders of them")
@@ -273,15 +274,14 @@ def place_starts(ids: np.ndarray, boundary: str, newline: int, heading: list[int
     after_blank = np.append(fresh, blank[:-1])
     is_heading = first.copy()
     for i, token in enumerate(heading):
-        is_heading[:len(ids) - i] &= ids[i:] == token
-        is_heading[len(ids) - i:] = False
+        is_heading &= np.append(ids[i:], np.full(min(i, len(ids)), -1)) == token
     document = first & (after_blank | is_heading)
     keep = ids != newline if boundary == "line" else ~blank
     at = {"line": first, "document": document, "none": np.zeros_like(first)}[boundary]
     copies = keep.astype(np.int64) + at  # a token that a start precedes stands twice, the first of the two becomes it
     out = np.repeat(ids, copies)
     out[(np.cumsum(copies) - copies)[at]] = START
-    return out, int(document.sum()), bool(blank[-1]) or (fresh and not first.any())
+    return out, int(document.sum()), bool(blank[-1])
 
 
 def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: str) -> dict:
@@ -329,6 +329,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
     part.mkdir(parents=True)
     try:
         if tokenizer:
+            Tokenizer(tokenizer)  # so that an error names the user's file, not the copy
             shutil.copy(tokenizer, part / "tokenizer.json")
         else:
             counts = count_pieces(train_files)
@@ -363,6 +364,8 @@ class Corpus:
             if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
                 raise DataError(f"{self.folder}/tokenizer.json: not the tokenizer that the token files were made with "
                                 "(meta.json: tokenizer_sha256); prepare the corpus again with data.py")
+            if self.boundary not in BOUNDARIES or self.vocab_size != self.tokenizer.vocab_size:
+                raise ValueError(f"boundary {self.boundary!r}, vocab_size {self.vocab_size!r}")
             self.train, self.dev = (self.open(self.meta[split]) for split in ("train", "dev"))
         except OSError as e:
             raise DataError(f"{e.filename}: cannot be read ({e.strerror}); make the folder with data.py") from None
@@ -463,7 +466,7 @@ class Batches:
         random = len(SPECIAL) + hash64(*key, TOKEN, picked) % np.uint64(self.vocab_size - len(SPECIAL))
         shown = np.where(kind < 0.8, MASK, np.where(kind < 0.9, random.astype(np.int64), original))  # BERT: 80/10/10
         np.put_along_axis(tokens, picked, np.where(hide, shown, original), 1)
-        scored = np.maximum(picked - shift, 0)
+        scored = (picked - shift) % T  # the modulo only moves fillers, no row's first token is hidden
         targets = np.full_like(tokens, -100)
         r, s = np.nonzero(hide)
         targets[r, scored[r, s]] = original[r, s]

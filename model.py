@@ -44,7 +44,7 @@ class ModelConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head must divide n_embd: {self.n_embd} / {self.n_head} is not whole")
         if self.backbone == "babyllama" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rotary embedding needs an even head size, n_embd / n_head is {self.n_embd // self.n_head}")
+            raise ValueError(f"n_head: rotary embedding needs an even head size, n_embd / n_head is {self.n_embd // self.n_head}")
         if self.backbone == "ltg_bert" and not 1 < self.n_bucket < self.max_position:
             raise ValueError(f"n_bucket must lie between 2 and max_position - 1, not {self.n_bucket}")
         if not 0 <= self.dropout < 1:
@@ -345,6 +345,7 @@ def digest(content) -> str:
     h = hashlib.sha256()
 
     def walk(x):
+        h.update(type(x).__name__.replace("OrderedDict", "dict").encode())
         if isinstance(x, Tensor):
             h.update(f"{x.dtype}{tuple(x.shape)}".encode())
             h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -365,7 +366,7 @@ def digest(content) -> str:
 
 def save_checkpoint(path: Path, model: Transformer, **content):
     """Write the model and plain content to one file that is either whole or not there; raises OSError."""
-    content |= {"config": asdict(model.config), "model": model.state_dict()}
+    content |= {"config": asdict(model.config), "model": dict(model.state_dict())}
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as f:

@@ -58,6 +58,7 @@ def parse(text: str) -> tuple[Phase, ...]:
             mix.append((weighted[2], int(weighted[1] or 1)))
         if len(mix) != len(dict(mix)):
             raise ValueError(f"schedule {text!r}: {part!r} names an objective twice")
+        mix = mix if len(mix) > 1 else [(mix[0][0], 1)]
         phases.append(Phase(int(match[1]), tuple(mix)))
     return tuple(phases)
 

@@ -81,7 +81,7 @@ class Settings:
     compile: str = "auto"  # auto | on | off
 
     def check(self):
-        """Raise ValueError, starting with the name of a setting, for a value or combination that cannot be."""
+        """Raise ValueError, which names the settings, for a value or combination that cannot be."""
         self.model_config(vocab_size=1)
         for phase in (phases := parse(self.schedule)):
             if self.batch_rows < (weights := sum(weight for _, weight in phase.mix)):
@@ -91,12 +91,14 @@ class Settings:
                  ("batch_rows", "micro_rows", "lr", "eps", "log_every", "eval_rows", "save_every", "keep")]
         rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in
                   ("seed", "weight_decay", "clip", "eval_every")]
+        rules += [(name, value not in ("", float("inf"), float("-inf")) and value == value, "must be given, and finite")
+                  for name, value in vars(self).items() if name != "score"]
         rules += [(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)") for name in ("warmup", "beta1", "beta2")]
         rules += [(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}") for name, choices in
                   dict(backbone=list(BACKBONES), optimizer=["adamw", "lamb", "muon"], lr_decay=list(DECAYS),
                        device=["auto", "cpu", "cuda", "mps"], precision=["auto", "float32", "bfloat16"],
                        compile=["auto", "on", "off"]).items()]
-        rules += [("block_size", self.block_size >= 2, "must be at least 2 tokens"),
+        rules += [("seed", self.seed < 1 << 63, "must be below 2 ** 63"), ("block_size", self.block_size >= 2, "must be at least 2 tokens"),
                   ("lr_min", 0 <= self.lr_min <= 1, "is a share of lr and must lie in [0, 1]"),
                   ("mask_span", self.mask_span >= 1, "must be at least 1 token"),
                   ("batch_rows", self.batch_rows % world == 0, f"must be a multiple of the {world} processes")]

@@ -6,6 +6,7 @@ A file is plain Python, run in a namespace of its own; each public name in it mu
 """
 
 import difflib
+import re
 import runpy
 import types
 from dataclasses import fields
@@ -18,20 +19,23 @@ class ConfigError(Exception):
 def load(cls: type, args: list[str]):
     """Settings of dataclass cls after all files and flags; raises ConfigError.
 
-    cls.check(), if there is one, raises ValueError for a combination that cannot be, its message starting with the
-    name of a setting: the error then says where that setting came from.
+    cls.check(), if there is one, raises ValueError for a combination that cannot be, naming the settings in it: the
+    error then says which file or flag set one of them last.
     """
     values, origin = {}, {}
     for arg in args:
         found = from_flag(cls, arg) if arg.startswith("--") else from_file(cls, arg)
-        values |= found
-        origin |= dict.fromkeys(found, arg.partition("=")[0] if arg.startswith("--") else arg)
+        for name in found:
+            values[name] = found[name]
+            origin.pop(name, None)  # to the end of the order
+            origin[name] = arg.partition("=")[0] if arg.startswith("--") else arg
     settings = cls(**values)
     try:
         if hasattr(settings, "check"):
             settings.check()
     except ValueError as e:
-        raise ConfigError(f"{origin.get(str(e).split()[0], 'settings')}: {e}") from None
+        named = [where for name, where in origin.items() if name in re.findall(r"\w+", str(e))]
+        raise ConfigError(f"{named[-1] if named else 'settings'}: {e}") from None
     return settings
 
 
@@ -51,16 +55,16 @@ def from_file(cls: type, path: str) -> dict:
         raise ConfigError(f"{path}: cannot be read ({e.strerror}); name an override file such as config/quickstart.py, "
                           "or a flag such as --lr=1e-3") from None
     except SyntaxError as e:
-        raise ConfigError(f"{path}:{e.lineno}: not valid Python ({e.msg})") from None
-    except Exception as e:  # whatever the user's own file raises
-        raise ConfigError(f"{path}: failed with {type(e).__name__}: {e}") from None
+        raise ConfigError(f"{path}:{e.lineno or 1}: not valid Python ({e.msg})") from None
+    except (Exception, SystemExit) as e:  # whatever the user's own file raises
+        raise ConfigError(f"{path}: failed with {type(e).__name__}: {' '.join(str(e).split())}") from None
     found = {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     for name, value in found.items():
         kind = setting(cls, name, path)
         if kind is float and type(value) is int:
             found[name] = float(value)
         elif type(value) is not kind:
-            raise ConfigError(f"{path}: {name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}")
+            raise ConfigError(f"{path}: {name}={' '.join(repr(value).split())} must be of type {kind.__name__}, not {type(value).__name__}")
     return found
 
 

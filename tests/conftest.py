@@ -1,12 +1,8 @@
 """A small corpus for every test that trains: text with enough structure to learn, made here."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 
