@@ -442,7 +442,8 @@ def train(s: Settings):
         if s.score:
             for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]):
                 print("python eval.py", shlex.join([s.out_dir, *arguments]), flush=True)
-                subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments], check=True)
+                if subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments]).returncode:
+                    raise TrainError(f"{s.out_dir}: trained and saved, but the evaluation above failed; repeat it by hand")
 
 
 if __name__ == "__main__":

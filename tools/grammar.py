@@ -44,9 +44,10 @@ def verbs(takes: str, entries: str) -> list[Verb]:
     return table
 
 
-PEOPLE = nouns("male", "man/men boy king brother") + nouns("female", "woman/women girl queen sister")
+MEN, WOMEN = nouns("male", "man/men boy king brother"), nouns("female", "woman/women girl queen sister")
+HE, SHE = nouns("male", "Adam Ben Leo Tom"), nouns("female", "Anna Clara Emma Lucy")
+PEOPLE, NAMES = MEN + WOMEN, HE + SHE
 SINGLE = [noun._replace(plural=noun.singular) for noun in PEOPLE]
-NAMES = nouns("male", "Adam Ben Leo Tom") + nouns("female", "Anna Clara Emma Lucy")
 BEINGS = PEOPLE + nouns("being", "sailor teacher farmer painter child/children fox dog cat goose/geese mouse/mice")
 ANYONE = BEINGS + NAMES
 THINGS = nouns("thing", "key lamp cup vase box book clock coat kite toy leaf/leaves shelf/shelves")
@@ -63,7 +64,6 @@ IRREGULAR = [verb for verb in VERBS if verb.past != verb.participle]
 
 DEMONSTRATIVES = [Demonstrative("this", "these"), Demonstrative("that", "those")]
 PRONOUNS = {"male": "himself his he", "female": "herself her she", "plural": "themselves their they"}
-TITLES = {"male": ["King ", "Uncle "], "female": ["Queen ", "Aunt "]}
 QUALITIES = dict.fromkeys(["male", "female", "being"], "old young happy quiet tall gentle brave".split())
 QUALITIES |= {"thing": "old red blue golden small wooden".split(), "place": "old small lovely quiet".split()}
 
@@ -81,13 +81,14 @@ SLOTS = {
     "look": [("is", "are"), ("was", "were"), ("looks", "look")],
     "there": [("there is a", "there are some"), ("there was one", "there were two"), ("there is no", "there are no")],
     "this": [("{one}", "{many}")], "article": 4 * [("the", "the")] + [("a", "some"), ("one", "two"), ("every", "many")],
-    "nothing": [""], "thing": 2 * THINGS + [f"{{possessive}} {noun.singular}" for noun in THINGS], "being": ANYONE,
+    "nothing": [""], "thing": THINGS + [f"{{possessive}} {noun.singular}" for noun in THINGS], 
+    "being": ANYONE + 6 * ["a {man} named {he}", "a {woman} named {she}"],
     "gift": ["{being} {thing}", "{thing} to {being}"],
     "rest": ["{object}", "{object} {adverb}"], "any": [f"any {noun.plural}" for noun in THINGS],
     "adverb": ["", "quietly", "happily", "again", "today", "at night", "{where}"], "join": ["and", "but", "while"],
     "where": ["{near} {place}"], "near": ["near", "behind", "beside"], "place": PLACES,
     "modifier": ["", "{where}", "that {friend[subject]} {friend[finite]}"],
-    "male": ["man", "boy", "king", "brother"], "female": ["woman", "girl", "queen", "sister"],
+    "man": [noun.singular for noun in MEN], "woman": [noun.singular for noun in WOMEN], "he": HE, "she": SHE,
     "origin": ["", "{where}", "that {owner[subject]} {owner[finite]}"],
 }
 # Slots that are scenes of their own: {friend[subject]} is the subject of {friend}.  Last is the slot in which the scene
@@ -111,7 +112,8 @@ RULES = {
         (THINGS, MAKING, "{subject} {origin} {look} {quality}", "{subject} {origin} {be} {participle} by {being}"),
         (SINGLE + PEOPLE + NAMES, VERBS, "{subject} said that {pronoun} {finite} {rest}",
          "{subject} and {possessive} friends {past} {rest}", "{subject} and {possessive} friends {base} {rest}"),
-        (NAMES, VERBS, "{subject} {be} a {quality} {role}", "{subject} is the {role} that {finite} {rest}"),
+        (SINGLE + NAMES, MEETING, "{subject} {finite} {oneself} {adverb}"),
+        (HE, VERBS, "{subject} is a {quality} {man}"), (SHE, VERBS, "{subject} is a {quality} {woman}"),
         (ANYONE, MAKING, "what {asking}?"), (ANYONE, MEETING, "who {asking}?"), (ANYONE, RESTING, "where {asking}?")],
     "agreement_simple": [
         (ANYONE, VERBS, "{subject} " + AGREES)],
@@ -166,12 +168,12 @@ class Scene(dict):
             noun, word = rng.choice(some), rng.choice(words)
         number = noun.singular != noun.plural and rng.random() < 0.5
         pronouns = PRONOUNS.get("plural" if number else noun.kind, PRONOUNS[rng.choice(["male", "female"])])
-        super().__init__(zip(["oneself", "possessive", "pronoun"], pronouns.split()), number=number, kind=noun.kind, noun=noun[number],
+        super().__init__(zip(["oneself", "possessive", "pronoun"], pronouns.split()), number=number, noun=noun[number],
                          subject=self.phrase(noun, number), quality=rng.choice(QUALITIES[noun.kind]), **word._asdict())
 
     def phrase(self, noun: Noun, number: bool) -> str:
         if noun in NAMES:
-            return self.rng.choice(["", "", self.rng.choice(TITLES[noun.kind])]) + noun.singular
+            return noun.singular
         allowed = SLOTS["article"] + [words for words in DEMONSTRATIVES if not held_out(noun, words)]
         quality = self.rng.choice(["", "", "", self.rng.choice(QUALITIES[noun.kind])])
         return f"{self.rng.choice(allowed)[number]} {quality} {noun[number]}"
@@ -184,8 +186,7 @@ class Scene(dict):
             while scene[differing] == self[differing]:
                 scene = Scene(self.rng, some, words)
             return self.setdefault(slot, scene)
-        slot = self[{"object": "takes", "role": "kind"}.get(slot, slot)] if slot in ("object", "role") else slot
-        filling = self.rng.choice(SLOTS[slot])
+        filling = self.rng.choice(SLOTS[self["takes"] if slot == "object" else slot])
         if isinstance(filling, Noun):
             return self.phrase(filling, self.rng.random() < 0.5)
         if isinstance(filling, tuple):
