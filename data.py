@@ -329,7 +329,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
     part.mkdir(parents=True)
     try:
         if tokenizer:
-            Tokenizer(tokenizer)  # so that an error names the user's file, not the copy
+            tok = Tokenizer(tokenizer)  # of the user's file, so that an error names it and not the copy
             shutil.copy(tokenizer, part / "tokenizer.json")
         else:
             counts = count_pieces(train_files)
@@ -339,7 +339,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
             if len(merges) < n_merges:
                 print(f"the text has pairs for {len(merges)} merges only: vocabulary of {len(merges) + 260}, not {vocab_size}")
             save_tokenizer(part / "tokenizer.json", merges)
-        tok = Tokenizer(part / "tokenizer.json")
+            tok = Tokenizer(part / "tokenizer.json")
         meta = {"format": 1, "boundary": boundary, "vocab_size": tok.vocab_size, "special": SPECIAL,
                 "tokenizer_sha256": tok.sha256,
                 "train": encode_files(train_files, part / "train.bin", tok, boundary),

@@ -98,7 +98,8 @@ class Settings:
                   dict(backbone=list(BACKBONES), optimizer=["adamw", "lamb", "muon"], lr_decay=list(DECAYS),
                        device=["auto", "cpu", "cuda", "mps"], precision=["auto", "float32", "bfloat16"],
                        compile=["auto", "on", "off"]).items()]
-        rules += [("seed", self.seed < 1 << 63, "must be below 2 ** 63"), ("block_size", self.block_size >= 2, "must be at least 2 tokens"),
+        rules += [("seed", self.seed < 1 << 63, "must be below 2 ** 63"),
+                  ("block_size", self.block_size >= 2, "must be at least 2 tokens"),
                   ("lr_min", 0 <= self.lr_min <= 1, "is a share of lr and must lie in [0, 1]"),
                   ("mask_span", self.mask_span >= 1, "must be at least 1 token"),
                   ("batch_rows", self.batch_rows % world == 0, f"must be a multiple of the {world} processes")]
@@ -225,7 +226,7 @@ def open_run(s: Settings, corpus: Corpus, p: Processes) -> dict | None:
         for name in sorted(ours.keys() - FREE):
             if theirs.get(name) != ours[name]:
                 raise TrainError(f"{path}: was trained with {name}={theirs.get(name)!r}, not {ours[name]!r}; "
-                                      "a changed setting needs a new --out_dir")
+                                 "a changed setting needs a new --out_dir")
         if content["tokenizer_sha256"] != corpus.tokenizer.sha256 or content["tokens_sha256"] != corpus.meta["train"]["sha256"]:
             raise TrainError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
     elif found:
@@ -367,8 +368,9 @@ def train(s: Settings):
                 group["lr"] = lr
 
         # Each objective's rows are cut into equal micro-batches, the same number for every process.
-        micro, counts, row = [], dict.fromkeys(dict(phase.mix), 0), 0
-        for objective, n_rows in phase.rows(s.batch_rows):
+        shares = phase.rows(s.batch_rows)
+        micro, counts, row = [], dict.fromkeys(dict(shares), 0), 0
+        for objective, n_rows in shares:
             parts = -(-n_rows // (s.micro_rows * p.world))
             size = -(-n_rows // (parts * p.world))
             for i in range(p.rank, parts * p.world, p.world):
@@ -383,7 +385,7 @@ def train(s: Settings):
             break
         # A mix weighs each objective's mean by its share of rows (GPT-BERT); alone, it is the mean over scored tokens.
         weight = {objective: n_rows / s.batch_rows / max(1, total)
-                  for (objective, n_rows), total in zip(phase.rows(s.batch_rows), totals)}
+                  for (objective, n_rows), total in zip(shares, totals)}
 
         for i, (objective, number, arrays) in enumerate(micro):
             tokens, targets, scored = to_device(arrays, p.device)
@@ -411,7 +413,7 @@ def train(s: Settings):
             speed, left = tokens_seen / (now - logged), (now - began) / (done - first) * (schedule.steps - done)
             if not np.isfinite([*losses.values(), norm.item()]).all():
                 raise TrainError(f"{s.out_dir}: loss {losses} or gradient norm {norm.item()} is not finite in the steps up to "
-                                      f"{done}; nothing was saved since the last checkpoint; lower lr or clip")
+                                 f"{done}; nothing was saved since the last checkpoint; lower lr or clip")
             p.say(f"step {done}/{schedule.steps}  epoch {done / schedule.steps_per_epoch:.2f}/{schedule.epochs}  {phase}  "
                   + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
                   + f"  lr {lr:.2e}  {speed:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02} left")

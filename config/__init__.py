@@ -34,7 +34,8 @@ def load(cls: type, args: list[str]):
         if hasattr(settings, "check"):
             settings.check()
     except ValueError as e:
-        named = [where for name, where in origin.items() if name in re.findall(r"\w+", str(e))]
+        words = set(re.findall(r"\w+", str(e)))
+        named = [where for name, where in origin.items() if name in words]
         raise ConfigError(f"{named[-1] if named else 'settings'}: {e}") from None
     return settings
 
@@ -64,7 +65,8 @@ def from_file(cls: type, path: str) -> dict:
         if kind is float and type(value) is int:
             found[name] = float(value)
         elif type(value) is not kind:
-            raise ConfigError(f"{path}: {name}={' '.join(repr(value).split())} must be of type {kind.__name__}, not {type(value).__name__}")
+            shown = " ".join(repr(value).split())  # an array's spans lines
+            raise ConfigError(f"{path}: {name}={shown} must be of type {kind.__name__}, not {type(value).__name__}")
     return found
 
 

@@ -32,9 +32,11 @@ from model import IGNORE, Transformer
 from schedule import OBJECTIVES
 from train import Settings, make_optimizers, to_device
 
+VOCABULARY = {"babyllama": 16000, "ltg_bert": 16384}  # as published
+
 
 class HuggingFaceLlama(nn.Module):
-    """The peer: same sizes, logits at every position, its own mean loss (what its Trainer runs)."""
+    """The peer: same sizes, logits at every position, the loss summed as ours is."""
 
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
@@ -56,7 +58,8 @@ class HuggingFaceLlama(nn.Module):
 def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, rows: int, threads: int, device: str):
     """One case: set up, then for every number received run that many steps and send back seconds."""
     torch.set_num_threads(threads)
-    s, vocab_size = config.load(Settings, args), 16384 if "ltg" in args[0] else 16000
+    s = config.load(Settings, args)
+    vocab_size = VOCABULARY[s.backbone]
     device, rng = torch.device(device), np.random.default_rng(0)
     bf16 = device.type == "cuda"
     model = (HuggingFaceLlama(s, vocab_size) if peer else Transformer(s.model_config(vocab_size))).to(device).train()
@@ -136,6 +139,11 @@ def ceiling(s: Settings, vocab_size: int, rows: int, device: torch.device) -> fl
     return work / seconds
 
 
+def label(file: str, objective: str, compiled: str, peer: bool) -> str:
+    name = "Hugging Face Llama" if peer else Path(file).stem
+    return f"{name} {objective} {'compiled' if compiled == 'on' else 'eager'}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", default=["config/babyllama.py", "config/ltg_bert.py"])
@@ -170,7 +178,7 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
     print(f"{name}, torch {torch.__version__}, {'bfloat16 autocast' if device == 'cuda' else 'float32'}, "
           f"{a.rows} rows a step, median of {a.rounds} rounds of {a.steps} steps")
-    print(f"{'case':40} {'tokens/s':>9} {'ms/step':>8} {'data':>6} {'fwd':>7} {'bwd':>7} {'optim':>6} {'GB':>5} {'MFU':>5}  ratio to peer")
+    print(f"{'case':40} {'tokens/s':>9} {'ms/step':>8} {'data':>6} {'fwd':>7} {'bwd':>7} {'optim':>6} {'GB':>5} {'MFU':>5}")
     speeds = {}
     torch.set_num_threads(a.threads)
     for (file, objective, compiled, peer), pipe, seconds in cases:
@@ -181,14 +189,12 @@ def main():
         memory, flops = pipe.recv()
         median = statistics.median(seconds)
         speed = speeds[file, objective, compiled, peer] = a.rows * s.block_size / median
-        vocab_size = 16384 if "ltg" in file else 16000
-        mfu = f"{flops * speed / ceiling(s, vocab_size, a.rows, torch.device(device)):.0%}" if flops else ""
-        label = f"{'Hugging Face Llama' if peer else Path(file).stem} {objective} {'compiled' if compiled == 'on' else 'eager'}"
-        print(f"{label:40} {speed:9,.0f} {median * 1000:8.1f} {parts['data']:6.2f} {parts['forward']:7.1f} "
+        mfu = f"{flops * speed / ceiling(s, VOCABULARY[s.backbone], a.rows, torch.device(device)):.0%}" if flops else ""
+        print(f"{label(file, objective, compiled, peer):40} {speed:9,.0f} {median * 1000:8.1f} {parts['data']:6.2f} {parts['forward']:7.1f} "
               f"{parts['backward']:7.1f} {parts['optimizer']:6.1f} {memory / 1e9:5.2f} {mfu:>5}", flush=True)
     for (file, objective, compiled, peer), speed in speeds.items():
         if (file, objective, compiled, True) in speeds and not peer:
-            print(f"{Path(file).stem} {objective} {'compiled' if compiled == 'on' else 'eager'}: "
+            print(f"{label(file, objective, compiled, peer)}: "
                   f"{speed / speeds[file, objective, compiled, True]:.2f} times Hugging Face Llama")
 
 

@@ -81,7 +81,7 @@ SLOTS = {
     "look": [("is", "are"), ("was", "were"), ("looks", "look")],
     "there": [("there is a", "there are some"), ("there was one", "there were two"), ("there is no", "there are no")],
     "this": [("{one}", "{many}")], "article": 4 * [("the", "the")] + [("a", "some"), ("one", "two"), ("every", "many")],
-    "nothing": [""], "thing": THINGS + [f"{{possessive}} {noun.singular}" for noun in THINGS], 
+    "nothing": [""], "thing": THINGS + [f"{{possessive}} {noun.singular}" for noun in THINGS],
     "being": ANYONE + 6 * ["a {man} named {he}", "a {woman} named {she}"],
     "gift": ["{being} {thing}", "{thing} to {being}"],
     "rest": ["{object}", "{object} {adverb}"], "any": [f"any {noun.plural}" for noun in THINGS],
