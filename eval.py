@@ -8,6 +8,7 @@ A task is a folder of JSON lines, known by their fields: BLiMP and its supplemen
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ class Item:
 
     where: str  # file:line
     task: str
+    kind: str  # blimp, ewok, entity_tracking or comps
     group: str  # what the subset belongs to, or nothing
     subset: str  # the accuracy that the item counts in
     options: list[tuple[str, int]]
@@ -78,19 +80,26 @@ EXPECTED = {"options": ("two or more texts", lambda x: isinstance(x, list) and l
             "numops": ("a whole number", lambda x: type(x) is int)}
 
 
-def read_file(path: Path, task: str, limit: int, protocol: str) -> list[Item]:
-    """The first `limit` items of a file (0: all), none if its first line is of no known kind; raises EvalError."""
+def json_lines(path: Path, limit: int = 0) -> list[tuple[str, dict]]:
+    """file:line and object of the first `limit` lines that are not blank (0: all); raises EvalError."""
     lines = [(f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     if not lines:
         raise EvalError(f"{path}: is empty; one JSON object a line was expected")
-    items, kind = [], None
+    records = []
     for where, line in lines[:limit or None]:
         try:
-            record = json.loads(line)
+            records.append((where, json.loads(line)))
         except (ValueError, RecursionError) as e:
             raise EvalError(f"{where}: not JSON in UTF-8 ({e})") from None
-        if not isinstance(record, dict):
-            raise EvalError(f"{where}: a JSON object was expected, not {type(record).__name__}")
+        if not isinstance(records[-1][1], dict):
+            raise EvalError(f"{where}: a JSON object was expected, not {type(records[-1][1]).__name__}")
+    return records
+
+
+def read_file(path: Path, task: str, limit: int, protocol: str) -> list[Item]:
+    """The first `limit` items of a file (0: all), none if its first line is of no known kind; raises EvalError."""
+    items, kind = [], None
+    for where, record in json_lines(path, limit):
         kind = kind or next((kind for kind in KINDS if KINDS[kind][0] in record), None)
         if kind is None:
             return []
@@ -101,7 +110,7 @@ def read_file(path: Path, task: str, limit: int, protocol: str) -> list[Item]:
             if not good(record.get(name)):
                 found = ascii(record[name])[:60] if name in record else "missing"
                 raise EvalError(f"{where}: field {name!r} must be {expected}, it is {found}")
-        items.append(Item(where, task, *kind(record, path.stem)))
+        items.append(Item(where, task, kind.__name__, *kind(record, path.stem)))
     return items
 
 
@@ -307,6 +316,29 @@ def result_name(args, step: int) -> str:
     return "_".join(parts + [f"limit{args.limit}"] * (args.limit > 0)) + ".json"
 
 
+def fingerprint(items: list[Item]) -> str:
+    """SHA-256 of the texts that were compared, so that a submission is built from the same."""
+    return hashlib.sha256(repr([item.options for item in items]).encode()).hexdigest()
+
+
+def write_result(path: Path, whole: dict):
+    """Write a result file, one line for each of its keys; it appears whole or not at all."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in whole.items())
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_result(path: Path) -> dict:
+    """Content of a result file of eval.py or finetune.py; raises EvalError."""
+    try:
+        whole = json.loads(path.read_bytes())
+        whole["tasks"].items(), whole["step"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise EvalError(f"{path}: not a result file of ours ({type(e).__name__}: {e}); remove it") from None
+    return whole
+
+
 def score_tasks(items: list[Item], model: Transformer, content: dict, tokenizer: Tokenizer, modes: list[str], args):
     """Score each distinct option once -> results by task: see summarize, and how many texts outgrow a training row."""
     where = {option: item.where for item in reversed(items) for option in item.options}  # first place of each
@@ -320,7 +352,8 @@ def score_tasks(items: list[Item], model: Transformer, content: dict, tokenizer:
     for task in dict.fromkeys(item.task for item in items):
         its = [item for item in items if item.task == task]
         by_mode = {mode: [[scores[mode][option] for option in item.options] for item in its] for mode in modes}
-        results[task] = {"longer_than_training_rows": sum(option in long for item in its for option in item.options),
+        results[task] = {"kind": its[0].kind, "options_sha256": fingerprint(its),
+                         "longer_than_training_rows": sum(option in long for item in its for option in item.options),
                          **summarize(its, by_mode)}
     return results
 
@@ -367,8 +400,7 @@ def evaluate(args):
              "batch_tokens": args.batch_tokens, "seconds": round(time.time() - began, 1),
              "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, np, tiktoken)},
              "macro": {task: result["accuracy"] for task, result in results.items()}, "tasks": results}
-    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in whole.items())
-    out.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_result(out, whole)
     print(f"every option's score: {out}")
 
 

@@ -145,6 +145,18 @@ def test_scores_equal_a_plain_reference(model_of, tokenizer, backbone, mode, pro
     assert len({round(x, 3) for x in expected}) > len(set(options)) / 2  # or agreement would say little
 
 
+@pytest.mark.skipif(not BLIMP.is_dir(), reason="needs BLiMP as filtered for BabyLM beside the repository")
+@pytest.mark.parametrize("mode", ["causal", "masked", "mntp"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_scores_of_real_pairs_equal_a_plain_reference(model_of, tokenizer, backbone, mode):
+    """The first pair of every sixth BLiMP file."""
+    options = [o for file in sorted(BLIMP.glob("*.jsonl"))[::6] for o in evaluation.read_tasks(file, limit=1)[0].options]
+    with torch.no_grad():
+        expected = [reference(model_of[backbone], tokenizer, *option, mode, "2025") for option in options]
+    ids, first = evaluation.encode(options, tokenizer, "line", "2025", mode)
+    assert evaluation.score(model_of[backbone], ids, first, mode, ["x"] * len(ids)) == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["causal", "masked", "mntp"])
 def test_scores_do_not_depend_on_the_batch(model_of, tokenizer, mode):
     ids, first = evaluation.encode(OPTIONS, tokenizer, "line", "2025", mode)
@@ -254,7 +266,7 @@ def test_a_bad_task_file_ends_in_one_line(tmp_path, make_run, content):
 
 
 def item(group: str, subset: str, n_options: int = 2):
-    return evaluation.Item("here:1", "task", group, subset, [("x", 0)] * n_options)
+    return evaluation.Item("here:1", "task", "blimp", group, subset, [("x", 0)] * n_options)
 
 
 def test_ties_share_the_point_and_means_are_unweighted():
