@@ -34,6 +34,9 @@ BLOCK = 1 << 22  # bytes of text held at a time
 class DataError(Exception):
     """One line for the user: which file, where, what was expected, what to do."""
 
+    def __str__(self):  # one line, also where a file's name holds a newline
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 # ---------------------------------------------------------------------------------------------- reading text
 
@@ -51,26 +54,20 @@ def text_files(paths: list[str]) -> list[Path]:
 
 
 def read_blocks(path: Path):
-    """Yield the text in blocks of whole lines, each ended by a newline; raises DataError at invalid UTF-8."""
-    offset, rest = 0, []
+    """Yield the text in blocks of whole lines, each ended by a newline; raises DataError at invalid UTF-8.
+
+    What Windows adds goes: a byte-order mark in front, and the \\r of \\r\\n.
+    """
+    offset = 0
     with open(path, "rb") as f:
-        while chunk := f.read(BLOCK):
-            cut = chunk.rfind(b"\n") + 1
-            if cut:
-                block = b"".join(rest) + chunk[:cut]
-                yield decode(block, path, offset)
-                offset, rest = offset + len(block), []
-            rest.append(chunk[cut:])
-    if last := b"".join(rest):
-        yield decode(last, path, offset) + "\n"
-
-
-def decode(block: bytes, path: Path, offset: int) -> str:
-    try:
-        return block.decode()
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: byte {offset + e.start} is not valid UTF-8 (0x{block[e.start]:02x}); "
-                        "convert the file, e.g. with iconv -t utf-8") from None
+        while block := b"".join(f.readlines(BLOCK)):
+            try:
+                text = block.decode().removeprefix("" if offset else "\ufeff").replace("\r\n", "\n")
+            except UnicodeDecodeError as e:
+                raise DataError(f"{path}: byte {offset + e.start} is not valid UTF-8 (0x{block[e.start]:02x}); "
+                                "convert the file, e.g. with iconv -t utf-8") from None
+            yield text if text.endswith("\n") else text + "\n"
+            offset += len(block)
 
 
 class Progress:
@@ -116,8 +113,7 @@ def train_bpe(counts: Counter, n_merges: int) -> list[tuple[bytes, bytes]]:
     included. Fewer merges come back where the text has no pair left.
     """
     names = [bytes([b]) for b in byte_alphabet()]
-    rank = np.zeros(256, np.int64)
-    rank[[name[0] for name in names]] = range(256)
+    rank = np.argsort(list(byte_alphabet()))  # of each byte: its id
     pieces = [piece.encode() for piece in counts]
     ids = rank[np.frombuffer(b"".join(pieces), np.uint8)]
     lengths = np.array([len(piece) for piece in pieces])
@@ -157,7 +153,8 @@ def train_bpe(counts: Counter, n_merges: int) -> list[tuple[bytes, bytes]]:
         at = np.sort(places.pop(key))
         at = at[(ids[at] == a) & (ids[right[at]] == b)]
         if a == b:  # in a run such as aaa only every other pair can merge, from the left
-            at = np.array(leftmost(at.tolist(), right), np.int64)
+            i, opens = np.arange(len(at)), np.append(True, right[at[:-1]] != at[1:])  # opens a run
+            at = at[(i - np.maximum.accumulate(np.where(opens, i, 0))) % 2 == 0]
         second = right[at]
         before, after = left[at], right[second]
         merging[at] = True
@@ -173,8 +170,8 @@ def train_bpe(counts: Counter, n_merges: int) -> list[tuple[bytes, bytes]]:
         right[at] = after
         left[after[after < n]] = at[after < n]
         before = left[at]
-        add(np.concatenate((ids[before][has_left], ids[at][lone])), np.concatenate((ids[at][has_left], ids[after][lone])),
-            np.concatenate((before[has_left], at[lone])))
+        where = np.concatenate((before[has_left], at[lone]))
+        add(ids[where], ids[right[where]], where)
         merges.append((names[a], names[b]))
         names.append(names[a] + names[b])
         known.add(names[new])
@@ -182,33 +179,25 @@ def train_bpe(counts: Counter, n_merges: int) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def leftmost(places: list[int], right: np.ndarray) -> list[int]:
-    kept, taken = [], -1
-    for p in places:
-        if p != taken:
-            kept.append(p)
-            taken = right[p]
-    return kept
-
-
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
 def save_tokenizer(path: Path, merges: list[tuple[bytes, bytes]]):
-    """Write Hugging Face's tokenizer.json: `tokenizers` and `transformers` read it as it is."""
+    """Write the tokenizer.json of these merges."""
     alphabet = byte_alphabet()
+    json_write(path, tokenizer_json([tuple("".join(alphabet[b] for b in half) for half in pair) for pair in merges]))
 
-    def text(token: bytes) -> str:
-        return "".join(alphabet[b] for b in token)
 
-    tokens = [*SPECIAL, *alphabet.values(), *(text(a + b) for a, b in merges)]
+def tokenizer_json(merges: list[tuple[str, str]]) -> dict:
+    """Content of Hugging Face's tokenizer.json: `tokenizers` and `transformers` read it as it is."""
     special = [{"id": i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
                 "special": True} for s, i in SPECIAL.items()]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     a, b = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
-    json_write(path, {
+    tokens = [*SPECIAL, *byte_alphabet().values(), *(first + second for first, second in merges)]
+    return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": {"type": "TemplateProcessing", "single": [start, a], "pair": [start, a, start, b],
@@ -216,37 +205,48 @@ def save_tokenizer(path: Path, merges: list[tuple[bytes, bytes]]):
         "decoder": level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: i for i, token in enumerate(tokens)},
-                  "merges": [f"{text(a)} {text(b)}" for a, b in merges]}})
+                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [" ".join(pair) for pair in merges]}}
 
 
 class Tokenizer:
-    """A tokenizer.json read into tiktoken. encode never yields a special token, whatever the text says."""
+    """A tokenizer.json read into tiktoken. encode never yields a special token, whatever the text says.
+
+    Raises DataError unless the file is what data.py writes for its merges: tiktoken would take any, drop the text that
+    another pattern does not match, and end the process for want of a byte.
+    """
 
     def __init__(self, path: Path):
         try:
             raw = Path(path).read_bytes()
             content = json.loads(raw)
-            pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-            byte = {c: b for b, c in byte_alphabet().items()}
-            ranks = {bytes(byte[c] for c in token): i for token, i in content["model"]["vocab"].items() if i > MASK}
-            self.vocab_size = len(ranks) + len(SPECIAL)
-            self.bpe = tiktoken.Encoding("antlm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=SPECIAL,
-                                         explicit_n_vocab=self.vocab_size)
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+            ours, byte = tokenizer_json(merges), {c: b for b, c in byte_alphabet().items()}
+            content["model"]["merges"] = ours["model"]["merges"]  # some versions of `tokenizers` write lists of two
+            for part in ("normalizer", "pre_tokenizer", "model"):
+                if content[part] != ours[part]:
+                    raise ValueError(f"{part} is not what data.py writes")
+            vocab, self.vocab_size = ours["model"]["vocab"], len(SPECIAL) + 256 + len(merges)
+            if len(vocab) < self.vocab_size or not all(half in vocab for pair in merges for half in pair):
+                raise ValueError("a merge gives a token that is there already, or has a half that is not")
+            ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if i > MASK}
         except OSError as e:
             raise DataError(f"{path}: cannot be read ({e.strerror}); data.py writes it") from None
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise DataError(f"{path}: not a tokenizer.json of data.py ({type(e).__name__}: {e})") from None
+        self.dtype = np.dtype("uint16" if self.vocab_size <= 1 << 16 else "uint32")
         self.sha256 = hashlib.sha256(raw).hexdigest()
+        # Tiktoken's engine gives up on a million spaces in a row; here so long a run is cut.
+        pattern = PATTERN.replace(r"[^\S\n]+(?!", r"[^\S\n]{1,99999}(?!")
+        self.bpe = tiktoken.Encoding("antlm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=SPECIAL)
 
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(text)
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).tolist()
+        except UnicodeEncodeError as e:
+            raise DataError(f"text {ascii(text[:30])}: character {e.start} is half of a surrogate pair") from None
 
     def encode_text(self, text: str, boundary: str) -> list[int]:
-        """Tokens of a text as it would open in a corpus with this boundary: the start token first.
-
-        Where a start token stands for the newline ("line"), it does so inside the text as well.
-        """
+        """Tokens of a text as it opens a corpus: a start token in front and, if the boundary is "line", per newline."""
         newline = self.encode("\n")[0]
         start = newline if boundary == "none" else START
         return [start] + [start if boundary == "line" and t == newline else t for t in self.encode(text)]
@@ -256,7 +256,8 @@ class Tokenizer:
 
 
 def json_write(path: Path, content: dict):
-    Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # for a path that is not UTF-8
 
 
 # ----------------------------------------------------------------------------------------------- token files
@@ -285,10 +286,9 @@ def place_starts(ids: np.ndarray, boundary: str, newline: int, heading: list[int
 
 
 def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: str) -> dict:
-    """Encode text files into one token file -> what meta.json says of it. Memory does not grow with the text."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    """Encode text files into one token file -> what meta.json says of it. Memory grows with the longest line only."""
     newline, heading = tokenizer.encode("\n")[0], tokenizer.encode("= = =")
-    stats = dict(file=out.name, dtype=np.dtype(dtype).name, tokens=0, words=0, bytes=0, documents=0, max_id=0)
+    stats = dict(file=out.name, dtype=tokenizer.dtype.name, tokens=0, words=0, bytes=0, documents=0, max_id=0)
     digest = hashlib.sha256()
     progress, total = Progress("encoding", sum(f.stat().st_size for f in files)), 0
     with open(out, "wb") as f:
@@ -297,7 +297,7 @@ def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: s
             for block in read_blocks(path):
                 ids = tokenizer.bpe.encode_to_numpy(block, disallowed_special=())
                 ids, documents, fresh = place_starts(ids, boundary, newline, heading, fresh)
-                raw = ids.astype(dtype).tobytes()
+                raw = ids.astype(tokenizer.dtype).tobytes()
                 f.write(raw)
                 digest.update(raw)
                 stats["tokens"] += len(ids)
@@ -322,11 +322,11 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
         raise DataError(f"{folder}: exists already; remove it or choose another --out")
     if boundary not in BOUNDARIES:
         raise DataError(f"--boundary must be one of {', '.join(BOUNDARIES)}, not {boundary!r}")
-    n_merges = vocab_size - len(SPECIAL) - 256
-    if n_merges < 0:
-        raise DataError(f"--vocab_size {vocab_size}: needs at least {len(SPECIAL) + 256}, 256 bytes and {len(SPECIAL)} special tokens")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    part.mkdir(parents=True)
+    smallest = len(SPECIAL) + 256
+    if (n_merges := vocab_size - smallest) < 0:
+        raise DataError(f"--vocab_size {vocab_size}: must be at least {smallest}, for bytes and special tokens")
+    part = next(parent for parent in folder.parents if parent.exists()) / f".{folder.name}.{os.getpid()}"
+    part.mkdir()
     try:
         if tokenizer:
             tok = Tokenizer(tokenizer)  # of the user's file, so that an error names it and not the copy
@@ -337,7 +337,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
                 raise DataError(f"{train_files[0]}: the {len(train_files)} input file(s) hold no words")
             merges = train_bpe(counts, n_merges)
             if len(merges) < n_merges:
-                print(f"the text has pairs for {len(merges)} merges only: vocabulary of {len(merges) + 260}, not {vocab_size}")
+                print(f"the text has pairs for {len(merges)} merges: {len(merges) + smallest} tokens, not {vocab_size}")
             save_tokenizer(part / "tokenizer.json", merges)
             tok = Tokenizer(part / "tokenizer.json")
         meta = {"format": 1, "boundary": boundary, "vocab_size": tok.vocab_size, "special": SPECIAL,
@@ -346,6 +346,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
                 "dev": encode_files(dev_files, part / "dev.bin", tok, boundary),
                 "settings": dict(train=train, dev=dev, vocab_size=vocab_size, tokenizer=tokenizer)}
         json_write(part / "meta.json", meta)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -359,30 +360,36 @@ class Corpus:
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.boundary, self.vocab_size = self.meta["boundary"], self.meta["vocab_size"]
-            self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
-            if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
-                raise DataError(f"{self.folder}/tokenizer.json: not the tokenizer that the token files were made with "
-                                "(meta.json: tokenizer_sha256); prepare the corpus again with data.py")
-            if self.boundary not in BOUNDARIES or self.vocab_size != self.tokenizer.vocab_size:
-                raise ValueError(f"boundary {self.boundary!r}, vocab_size {self.vocab_size!r}")
-            self.train, self.dev = (self.open(self.meta[split]) for split in ("train", "dev"))
+            self.boundary, self.tokenizer = self.meta["boundary"], Tokenizer(self.folder / "tokenizer.json")
+            self.vocab_size = self.tokenizer.vocab_size
+            self.check(self.folder / "tokenizer.json", self.meta, format=1, special=SPECIAL, vocab_size=self.vocab_size,
+                       tokenizer_sha256=self.tokenizer.sha256)
+            if self.boundary not in BOUNDARIES:
+                raise ValueError(f"boundary {ascii(self.boundary)[:60]}")
+            self.train, self.dev = self.open("train"), self.open("dev")
         except OSError as e:
-            raise DataError(f"{e.filename}: cannot be read ({e.strerror}); make the folder with data.py") from None
-        except (ValueError, LookupError, TypeError) as e:
+            raise DataError(f"{e.filename or self.folder}: cannot be read ({e.strerror}); data.py writes it") from None
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
             raise DataError(f"{self.folder}/meta.json: not written by data.py ({type(e).__name__}: {e})") from None
 
-    def open(self, stats: dict) -> np.ndarray:
-        path, dtype = self.folder / stats["file"], np.dtype(stats["dtype"])
-        expected, size = stats["tokens"] * dtype.itemsize, path.stat().st_size
-        if size != expected:
-            raise DataError(f"{path}: {size} bytes where meta.json says {expected} ({stats['tokens']} tokens); prepare the corpus again")
+    def check(self, path: Path, stated: dict, **found):
+        for name, value in found.items():
+            if stated[name] != value:
+                raise DataError(f"{path}: {name} is {value}, but {ascii(stated[name])[:70]} in meta.json; "
+                                "prepare the corpus again with data.py")
+
+    def open(self, split: str) -> np.ndarray:
+        stats, path, dtype = self.meta[split], self.folder / f"{split}.bin", self.tokenizer.dtype
         with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != stats["sha256"]:
-                raise DataError(f"{path}: its content is not what meta.json describes (sha256); prepare the corpus again")
+            self.check(path, stats, file=path.name, dtype=dtype.name, tokens=path.stat().st_size / dtype.itemsize,
+                       sha256=hashlib.file_digest(f, "sha256").hexdigest())
+        ids = np.memmap(path, dtype, mode="r")
+        self.check(path, stats, max_id=int(ids.max()))
         if stats["max_id"] >= self.vocab_size:
-            raise DataError(f"{path}: token {stats['max_id']} in a vocabulary of {self.vocab_size}; prepare the corpus again")
-        return np.memmap(path, dtype, mode="r")
+            raise DataError(f"{path}: token {stats['max_id']} in a vocabulary of {self.vocab_size}; prepare it again")
+        if type(stats["words"]) is not int or not 0 < stats["words"] <= len(ids):
+            raise ValueError(f"{split}: words {ascii(stats['words'])[:60]}")
+        return ids
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -475,19 +482,19 @@ class Batches:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", nargs="+", metavar="TEXT", help="training text: files, or folders of .train, .dev, .txt")
+    parser.add_argument("train", nargs="+", metavar="TEXT", help="training text: files, folders of .train, .dev, .txt")
     parser.add_argument("--dev", nargs="+", required=True, metavar="TEXT", help="development text, likewise")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--vocab_size", type=int, default=16384, help="tokens, 4 special ones and 256 bytes among them")
     parser.add_argument("--boundary", default="line", choices=BOUNDARIES, help="what a start token stands in front of")
     parser.add_argument("--tokenizer", help="encode with this tokenizer.json instead of training one")
-    began = time.time()
+    parser.error = lambda message: sys.exit(f"data.py: {message}")
+    args, began = parser.parse_args(), time.time()
     try:
-        meta = prepare(**vars(parser.parse_args()))
+        meta = prepare(**vars(args))
     except (DataError, OSError) as e:
         sys.exit(f"data.py: {e}")
-    out = parser.parse_args().out
-    for split in ("train", "dev"):
-        s = meta[split]
-        print(f"{out}/{s['file']}: {s['words']:,} words, {s['tokens']:,} tokens, {s['documents']:,} documents")
-    print(f"{out}: vocabulary of {meta['vocab_size']:,}, a start token per {meta['boundary']}; {time.time() - began:.0f} s")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a path that is not UTF-8
+    for s in (meta["train"], meta["dev"]):
+        print(f"{args.out}/{s['file']}: {s['words']:,} words, {s['tokens']:,} tokens, {s['documents']:,} documents")
+    print(f"{args.out}: vocabulary of {meta['vocab_size']:,}, boundary {args.boundary}; {time.time() - began:.0f} s")

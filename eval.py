@@ -20,7 +20,7 @@ import tiktoken
 import torch
 
 from data import END, MASK, PAD, SPECIAL, START, DataError, Progress, Tokenizer
-from model import CheckpointError, Transformer, checkpoints, generate, load_checkpoint, load_model
+from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest
 from schedule import parse
 
 MODES = {"CLM": "causal", "MLM": "masked", "MNTP": "mntp"}  # how to ask a model that was trained with an objective
@@ -46,7 +46,8 @@ class Item:
 
 
 def blimp(r: dict, file: str):
-    return str(r.get("linguistics_term", "")), file, [(r["sentence_good"], 0), (r["sentence_bad"], 0)]
+    term = r.get("linguistics_term")
+    return term if is_text(term) else "", file, [(r["sentence_good"], 0), (r["sentence_bad"], 0)]
 
 
 def ewok(r: dict, file: str):  # Context2 is not used: it is Context1 of another line
@@ -108,7 +109,8 @@ def read_file(path: Path, task: str, limit: int, protocol: str) -> list[Item]:
         for name in KINDS[kind]:
             expected, good = EXPECTED.get(name, ("text", is_text))
             if not good(record.get(name)):
-                found = ascii(record[name])[:60] if name in record else "missing"
+                x = record.get(name)  # which may be nested too deeply to print
+                found = "missing" if name not in record else "nested" if isinstance(x, (list, dict)) else ascii(x)[:60]
                 raise EvalError(f"{where}: field {name!r} must be {expected}, it is {found}")
         items.append(Item(where, task, kind.__name__, *kind(record, path.stem)))
     return items
@@ -120,6 +122,8 @@ def read_tasks(path: str, limit: int = 0, protocol: str = "2025") -> list[Item]:
     if not root.exists():
         raise EvalError(f"{root}: does not exist; name a .jsonl file or a folder of them")
     for file in sorted(root.rglob("*.jsonl")) if root.is_dir() else [root]:
+        if not is_text(str(file)) or "\n" in str(file):
+            raise EvalError(f"{ascii(str(file))}: the results could not name it; rename it to UTF-8 text of one line")
         inside = root.is_dir() and file.parent != root
         task = file.parent.relative_to(root).as_posix() if inside else root.resolve().name.removesuffix(".jsonl")
         found = read_file(file, task, limit, protocol)
@@ -157,20 +161,15 @@ def encode(options: list[tuple[str, int]], tokenizer: Tokenizer, boundary: str, 
     return ids, np.array(first)
 
 
-def expand(ids: np.ndarray, first: np.ndarray, mode: str):
-    """What a mode asks of n texts of one length: rows (N, T) to compute, and what to read from them.
+def hide(ids: np.ndarray, first: np.ndarray, mode: str):
+    """What masked and mntp mode ask of n texts of one length: rows (N, T) to compute, and what to read from them.
 
-    ids (n, L), first (n,) -> rows and, for each read, sorted by row: row, position, target token, text. A masked row
-    hides one target token; a row that several texts share is there once.
+    ids (n, T), first (n,) -> rows and, for each read, sorted by row: row, position, target token, text. A row hides one
+    target token; one that several texts share is there once.
     """
-    target = np.arange(ids.shape[1]) >= first[:, None]
-    if mode != "causal":  # a start token inside a text is never hidden in training, nor here
-        target &= ids >= len(SPECIAL)
-    text, place = np.nonzero(target)
-    token = ids[text, place]
-    if mode == "causal":
-        return ids[:, :-1], text, place - 1, token, text
-    rows = ids[text]
+    # A start token inside a text is never hidden in training, nor here.
+    text, place = np.nonzero((np.arange(ids.shape[1]) >= first[:, None]) & (ids >= len(SPECIAL)))
+    token, rows = ids[text, place], ids[text]
     rows[np.arange(len(rows)), place] = MASK
     rows, row = np.unique(rows, axis=0, return_inverse=True)
     row = row.ravel()
@@ -178,47 +177,115 @@ def expand(ids: np.ndarray, first: np.ndarray, mode: str):
     return rows, row[by_row], (place - (mode == "mntp"))[by_row], token[by_row], text[by_row]
 
 
+def share_prefixes(ids: list[np.ndarray], most: int = 8) -> list[tuple[list[int], int]]:
+    """Texts in groups of up to `most`, and how many of their first tokens to compute once for the group.
+
+    Groups are neighbours in sorted order, cut where that saves most tokens. What comes after the prefix starts with the
+    last token that all share, so that the prefix predicts only tokens that all share.
+    """
+    rows = [row.tolist() for row in ids]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    common = [next((k for k, (a, b) in enumerate(zip(rows[i], rows[j])) if a != b), min(len(rows[i]), len(rows[j])))
+              for i, j in zip(order, order[1:])]
+    saved, cut = [0] * (len(rows) + 1), [0] * (len(rows) + 1)
+    for end in range(1, len(rows) + 1):
+        saved[end], cut[end], shared = saved[end - 1], end - 1, 1 << 60
+        for start in range(end - 2, max(-1, end - 1 - most), -1):
+            shared = min(shared, common[start])
+            gain = saved[start] + (end - start - 1) * (shared - 1)
+            if gain > saved[end]:
+                saved[end], cut[end] = gain, start
+    groups, end = [], len(rows)
+    while end:
+        members = order[cut[end]:end]
+        prefix = min(common[cut[end]:end - 1], default=len(rows[members[0]])) - 1
+        groups.append((members, prefix))
+        end = cut[end]
+    return groups
+
+
 @torch.inference_mode()
+def log_probs(model: Transformer, *arrays: np.ndarray, causal: bool, dtype: torch.dtype, cache: list | None = None):
+    """Log-probability in nats of each token at scored[row, slot] of x[row]; the softmax is in float32.
+
+    arrays: x (B, T), scored (B, K), row, slot, token (n,) -> float32 (n,).
+    """
+    device = next(model.parameters()).device
+    x, scored, row, slot, token = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(x, causal=causal, scored=scored, cache=cache)
+    logits = logits.float()  # (B, K, V)
+    return (logits[row, slot, token] - logits.logsumexp(-1)[row, slot]).cpu().numpy()
+
+
+def read_masked(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: str, batch_tokens: int, dtype):
+    """Yield texts and the log-probabilities of one hidden token of each, batch by batch."""
+    lengths = np.array([len(row) for row in ids])
+    for length in np.unique(lengths)[::-1]:  # longest first: what does not fit into memory fails at once
+        group = np.flatnonzero(lengths == length)
+        rows, row, position, token, text = hide(np.stack([ids[i] for i in group]), first[group], mode)
+        size = max(1, batch_tokens // length)
+        for a in range(0, len(rows), size):
+            reads = slice(*np.searchsorted(row, (a, a + size)))
+            r, scored = row[reads] - a, np.zeros((len(rows[a:a + size]), 1), int)
+            scored[r, 0] = position[reads]
+            yield group[text[reads]], log_probs(model, rows[a:a + size], scored, r, np.zeros_like(r), token[reads],
+                                                causal=False, dtype=dtype)
+
+
+def read_causal(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: str, batch_tokens: int, dtype):
+    """Yield texts and the log-probabilities of one target token of each, batch by batch.
+
+    A prefix that texts share is computed once; rows of one length go together, so nothing is padded.
+    """
+    def read(text: np.ndarray, row: np.ndarray, x: np.ndarray, targets: np.ndarray, start: int, cache: list):
+        """Texts (n,) stand in rows (n,) of x (B, L), which follow `start` cached tokens; targets (B, L)."""
+        which, column = np.nonzero(start + 1 + np.arange(x.shape[1]) >= first[text][:, None])
+        low = column.min(initial=x.shape[1])  # the positions from the batch's first target on
+        scored = np.tile(np.arange(low, x.shape[1]), (len(x), 1))
+        return text[which], log_probs(model, x, scored, row[which], column - low, targets[row[which], column],
+                                      causal=True, dtype=dtype, cache=cache)
+
+    groups, a = sorted(share_prefixes(ids), key=lambda group: (-group[1], len(ids[group[0][-1]]))), 0
+    while a < len(groups):  # the longest prefix first: what does not fit into memory fails at once
+        prefix = groups[a][1]
+        batch = [members for members, p in groups[a:a + batch_tokens // (prefix + 1) + 1] if p == prefix]
+        a, cache = a + len(batch), [[] for _ in model.blocks]
+        text = np.array([i for members in batch for i in members])
+        row = np.repeat(np.arange(len(batch)), [len(members) for members in batch])
+        if prefix:
+            x = np.stack([ids[members[0]][:prefix + 1] for members in batch])
+            yield read(text, row, x[:, :-1], x[:, 1:], 0, cache)
+        left = np.array([len(ids[i]) for i in text]) - 1 - prefix  # tokens of each text behind the prefix
+        for length in np.unique(left[left > 0]):
+            these, size = np.flatnonzero(left == length), max(1, batch_tokens // length)
+            for part in (these[b:b + size] for b in range(0, len(these), size)):
+                x = np.stack([ids[text[i]][prefix:] for i in part])
+                own = [[y[torch.from_numpy(row[part]).to(y.device)] for y in layer] for layer in cache]
+                yield read(text[part], np.arange(len(part)), x[:, :-1], x[:, 1:], prefix, own)
+
+
 def score(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: str, names: list[str], *,
           mean: bool = False, batch_tokens: int = 2048, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """Log-probability in nats of each text's tokens from `first` on, their sum or mean; float64, one a text.
 
     causal: each token given those before it. masked: each hidden alone, all others visible (Salazar et al. 2020).
-    mntp: as masked, read one position earlier. A batch holds at most batch_tokens tokens in rows of one length, so
-    nothing is padded. bfloat16: autocast; log-softmax stays float32. Raises EvalError that starts with the text's
-    name (names, one a text) where no token is to be scored or a score is not finite.
+    mntp: as masked, read one position earlier. A batch holds at most batch_tokens tokens. bfloat16: autocast. Raises
+    EvalError that starts with the text's name (names, one a text) where no token is to be scored or a score is not
+    finite.
     """
-    device, lengths = next(model.parameters()).device, np.array([len(row) for row in ids])
-    total, count = np.zeros(len(ids)), np.zeros(len(ids), int)
-    work = lengths * (1 if mode == "causal" else lengths - first)  # tokens to compute, about
-    progress, finished = Progress(f"scoring, {mode}", work.sum()), 0
-    for length in np.unique(lengths)[::-1]:  # longest first: what does not fit into memory fails at once
-        group = np.flatnonzero(lengths == length)
-        group = group[np.argsort(first[group], kind="stable")]
-        rows, row, position, token, text = expand(np.stack([ids[i] for i in group]), first[group], mode)
-        count[group] = np.bincount(text, minlength=len(group))
-        if not count[group].all():
-            raise EvalError(f"{names[group[count[group].argmin()]]}: a target without a token to score in {mode} mode")
-        size = max(1, batch_tokens // rows.shape[1])
-        for a in range(0, len(rows), size):
-            x, reads = rows[a:a + size], slice(*np.searchsorted(row, (a, a + size)))
-            r, p = row[reads] - a, position[reads]
-            if mode == "causal":  # the positions from the batch's first target on
-                scored, slot = np.tile(np.arange(p.min(), rows.shape[1]), (len(x), 1)), p - p.min()
-            else:  # one position a row
-                scored, slot = np.zeros((len(x), 1), int), np.zeros_like(p)
-                scored[r, 0] = p
-            x, scored, r, slot, t = (torch.from_numpy(n.copy()).to(device) for n in (x, scored, r, slot, token[reads]))
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits = model(x, causal=mode == "causal", scored=scored)
-            logits = logits.float()  # (B, K, V)
-            values = (logits[r, slot, t] - logits.logsumexp(-1)[r, slot]).cpu().numpy()  # of the log-softmax
-            if not np.isfinite(values).all():
-                name = names[group[text[reads][~np.isfinite(values)][0]]]
-                raise EvalError(f"{name}: score in {mode} mode is not finite; broken weights, or overflow of {dtype}")
-            np.add.at(total, group[text[reads]], values)
-            progress(finished + work[group].sum() * min(1, (a + size) / len(rows)))
-        finished += work[group].sum()
+    targets = [row[start:] if mode == "causal" else row[start:][row[start:] >= len(SPECIAL)] for row, start in zip(ids, first)]
+    count, read = np.array([len(x) for x in targets]), np.zeros(len(ids), int)
+    if not count.all():
+        raise EvalError(f"{names[count.argmin()]}: a target without a token to score in {mode} mode")
+    total, progress = np.zeros(len(ids)), Progress(f"scoring, {mode}", count.sum())
+    for text, values in (read_causal if mode == "causal" else read_masked)(model, ids, first, mode, batch_tokens, dtype):
+        if not np.isfinite(values).all():
+            name = names[text[~np.isfinite(values)][0]]
+            raise EvalError(f"{name}: score in {mode} mode is not finite; broken weights, or overflow of {dtype}")
+        np.add.at(total, text, values)
+        np.add.at(read, text, 1)
+        progress(read.sum())
     return total / count if mean else total
 
 
@@ -264,24 +331,22 @@ def table(task: str, result: dict, modes: list[str]) -> str:
 
 def load_run(path: str, device: str):
     """Path, content, model and tokenizer of a checkpoint, or of the newest whole one in a run folder."""
-    files = checkpoints(path) if Path(path).is_dir() else [Path(path)]
-    if not files:
-        raise EvalError(f"{path}: holds no checkpoint (step_*.pt); train.py writes them")
-    for file in files:
-        try:
-            content = load_checkpoint(file)
-            break
-        except CheckpointError as e:
-            if file == files[-1]:
-                raise
-            print(f"skipped {e}", file=sys.stderr)
+    if Path(path).is_dir():
+        file, content = load_newest(Path(path), lambda *text: print(*text, file=sys.stderr))
+        if not content:
+            raise EvalError(f"{path}: holds no whole checkpoint (step_*.pt); train.py writes them")
+    else:
+        file, content = Path(path), load_checkpoint(Path(path))
     tokenizer = Tokenizer(file.parent / "tokenizer.json")
     try:
         if tokenizer.sha256 != content["tokenizer_sha256"] or tokenizer.vocab_size > content["config"]["vocab_size"]:
             raise EvalError(f"{file.parent}/tokenizer.json: not the one that {file.name} was trained with (sha256)")
-        content["step"], content["boundary"], content["settings"]["block_size"], parse(content["settings"]["schedule"])
-        return file, content, load_model(content, device), tokenizer
-    except (LookupError, TypeError, ValueError, AttributeError, CheckpointError) as e:
+        parse(content["settings"]["schedule"])
+        numbers = content["step"], content["settings"]["block_size"]
+        if any(type(n) is not int or n < 1 for n in numbers) or content["boundary"] not in ("line", "document", "none"):
+            raise ValueError("step, block_size or boundary")
+        return file, content, load_model(content, device, file), tokenizer
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
         raise EvalError(f"{file}: not a checkpoint of this train.py ({type(e).__name__}: {e})") from None
 
 

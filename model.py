@@ -75,6 +75,13 @@ def split_heads(x: Tensor, n_head: int) -> Tensor:
     return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, d)
 
 
+def remember(cache: list | None, k: Tensor, v: Tensor):
+    """Keys and values (B, H, T, d) of this call behind those that the layer's cache holds; the cache then has all."""
+    if cache is not None:
+        cache[:] = k, v = [torch.cat(pair, dim=-2) for pair in zip(cache, (k, v))] if cache else [k, v]
+    return k, v
+
+
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)  # (..., H, T, d) -> (..., T, D)
 
@@ -119,9 +126,7 @@ class LlamaBlock(nn.Module):
         cos, sin = shared
         q, k, v = (split_heads(y, self.n_head) for y in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = (torch.cat(pair, dim=-2) for pair in zip(cache, (k, v))) if cache else (k, v)
-            cache[:] = k, v
+        k, v = remember(cache, k, v)
         p = self.dropout if self.training else 0.0
         y = self.out(merge_heads(attend(q, k, v, causal=causal, lengths=lengths, dropout=p)))
         x = x + F.dropout(y, p, self.training)
@@ -168,9 +173,9 @@ def position_buckets(n_bucket: int, max_position: int) -> Tensor:
 
 
 def skew(x: Tensor) -> Tensor:
-    """Column T - 1 + j - i of row i moves to column j: (..., T, 2T - 1) -> (..., T, T), without an index tensor."""
-    T = x.size(-2)
-    return x.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, 2 * T - 2))[..., :T] if T > 1 else x
+    """Column n - 1 + j - i of row i moves to column j: (..., n, n + m - 1) -> (..., n, m), without an index tensor."""
+    n, width = x.shape[-2:]
+    return x.flatten(-2)[..., n - 1:-1].unflatten(-1, (n, width - 1))[..., :width + 1 - n] if n > 1 else x
 
 
 class LTGEmbedding(nn.Module):
@@ -186,8 +191,8 @@ class LTGEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, start: int):
         T = tokens.size(1)
-        distances = torch.arange(T - 1, -T, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
-        rows = self.buckets[distances + self.max_distance]  # (2T - 1,), from distance T - 1 down to 1 - T
+        distances = torch.arange(start + T - 1, -T, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
+        rows = self.buckets[distances + self.max_distance]  # (start + 2T - 1,), of every query from every key
         x = F.dropout(bare_norm(self.tokens(tokens)), self.dropout, self.training)
         return x, (self.relative_norm(self.relative), rows)
 
@@ -210,6 +215,7 @@ class LTGBlock(nn.Module):
         table, rows = shared
         h = bare_norm(x)
         q, k = (split_heads(y, self.n_head) for y in self.qk(h).chunk(2, dim=-1))  # (B, H, T, d)
+        k, v = remember(cache, k, split_heads(self.v(h), self.n_head))
         positions = self.qk(F.dropout(table, p, self.training))  # (2b - 1, 2D)
         q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
         # One product per table and a strided view give every (i, j) its position score: no (T, T, D) tensor, and
@@ -218,8 +224,7 @@ class LTGBlock(nn.Module):
         content_to_position = skew(q @ k_pos[:, rows].mT)  # q_i . k_pos[i - j]
         position_to_content = skew(k @ q_pos[:, rows.flip(0)].mT).mT  # k_j . q_pos[i - j]
         bias = (content_to_position + position_to_content) * scale
-        y = attend(q, k, split_heads(self.v(h), self.n_head), causal=causal, lengths=lengths, bias=bias,
-                   scale=scale, dropout=p)
+        y = attend(q, k, v, causal=causal, lengths=lengths, bias=bias, scale=scale, dropout=p)
         x = x + F.dropout(self.out_norm(self.out(merge_heads(y))), p, self.training)
         up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)
         return x + F.dropout(self.down(bare_norm(up * F.gelu(gate, approximate="tanh"))), p, self.training)
@@ -276,7 +281,8 @@ class Transformer(nn.Module):
 
         tokens and targets (B, T); a target of IGNORE is not scored, nothing is shifted here. scored (B, K): only
         these positions pass through the vocabulary head, logits are then (B, K, V). lengths (B,): keys from there
-        on are padding. cache: a list of n_layer lists, filled in place (BabyLlama, causal).
+        on are padding. cache: a list of n_layer lists, filled in place: tokens then follow those of the calls before
+        (causal only).
         """
         start = cache[0][0].size(-2) if cache and cache[0] else 0
         x, shared = self.embedding(tokens, start)
@@ -309,13 +315,12 @@ def generate(model: Transformer, tokens: Tensor, n_new: int, *, block_size: int,
              generator: torch.Generator | None = None) -> list[int]:
     """Continue tokens (1, T) by up to n_new sampled ones, in causal mode; stops before the token `stop`.
 
-    temperature 0 takes the likeliest token. BabyLlama keeps keys and values; LTG-BERT, and any row that has
-    outgrown block_size, is computed anew from the last block_size tokens.
+    temperature 0 takes the likeliest token. Keys and values are kept; a row that has outgrown block_size is computed
+    anew from its last block_size tokens.
     """
-    new, ids = [], tokens
-    cache = [[] for _ in model.blocks] if model.config.backbone == "babyllama" else None
+    new, ids, cache = [], tokens, [[] for _ in model.blocks]
     for _ in range(n_new):
-        if cache is not None and ids.size(1) <= block_size:
+        if ids.size(1) <= block_size:
             logits = model(ids[:, -1:] if cache[0] else ids, causal=True, cache=cache)[0, -1].float()
         else:
             logits = model(ids[:, -block_size:], causal=True)[0, -1].float()
@@ -347,7 +352,7 @@ def digest(content) -> str:
     def walk(x):
         h.update(type(x).__name__.replace("OrderedDict", "dict").encode())
         if isinstance(x, Tensor):
-            h.update(f"{x.dtype}{tuple(x.shape)}".encode())
+            h.update(f"{x.dtype}{tuple(x.shape)}{'grad' * x.requires_grad}".encode())
             h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(x, dict):
             for key, value in x.items():
@@ -364,21 +369,33 @@ def digest(content) -> str:
     return h.hexdigest()
 
 
-def save_checkpoint(path: Path, model: Transformer, **content):
-    """Write the model and plain content to one file that is either whole or not there; raises OSError."""
-    content |= {"config": asdict(model.config), "model": dict(model.state_dict())}
-    part = path.with_name(f".{path.name}.part")
+def write_whole(path: Path, write):
+    """Have write(file) fill a file that is then either whole or as it was before; raises OSError that names it."""
+    part = path.with_name(f".{path.name}.part")  # a kill may leave it; train.py removes it at its next start
     try:
         with open(part, "wb") as f:
-            torch.save(content | {"sha256": digest(content)}, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself reaches the disk
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk behind a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself reaches the disk
-    os.fsync(folder)
-    os.close(folder)
+        if part.exists():
+            part.unlink()
+
+
+def save_checkpoint(path: Path, model: Transformer, **content):
+    """Write the model and plain content to one file that is either whole or not there; raises OSError."""
+    content |= {"config": asdict(model.config), "model": dict(model.state_dict())}
+    content["sha256"] = digest(content)
+    write_whole(path, lambda f: torch.save(content, f))
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> dict:
@@ -398,18 +415,51 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run folder, newest first."""
-    return sorted(Path(run).glob("step_*.pt"), reverse=True)
+    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdigit()), key=lambda f: int(f.stem[5:]), reverse=True)
 
 
-def load_model(content: dict, device: str = "cpu") -> Transformer:
-    """The model of a loaded checkpoint, in eval mode; raises CheckpointError where weights and sizes disagree."""
+def load_newest(run: Path, say=print) -> tuple[Path | None, dict | None]:
+    """Path and content of the newest whole checkpoint; no content without a whole one, no path without any."""
+    path = None
+    for path in checkpoints(run):
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as e:
+            say(f"skipped {e}")
+    return path, None
+
+
+def load_model(content: dict, device: str = "cpu", name: str | Path = "checkpoint") -> Transformer:
+    """The model of a loaded checkpoint, in eval mode; raises CheckpointError, which starts with name.
+
+    What the settings claim is compared with the weights at hand before any of it is built.
+    """
     try:
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Transformer(ModelConfig(**content["config"])).state_dict().items()}
-        if shapes != {name: p.shape for name, p in content["model"].items()}:
-            raise ValueError("weights do not have the shapes that its config gives")
-        model = Transformer(ModelConfig(**content["config"]))
-        model.load_state_dict(content["model"])
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"checkpoint of another format: {e}") from None
+        config, weights = content["config"], content["model"]
+        for key, value in config.items():
+            default = getattr(ModelConfig, key)
+            if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+                raise ValueError(f"{key} must be of type {type(default).__name__}, not {type(value).__name__}")
+        if (c := ModelConfig(**config)).max_position > 1 << 20:
+            raise ValueError(f"max_position {c.max_position} is beyond {1 << 20}")
+        with torch.device("meta"):  # a model of one layer, without memory
+            one = Transformer(ModelConfig(**config | {"n_layer": 1}))
+        expected, block = dict(one.state_dict()), dict(one.blocks[0].state_dict())
+        if len(weights) != len(expected) + (c.n_layer - 1) * len(block):
+            raise ValueError(f"{len(weights)} weights are not those of {c.n_layer} layers")
+        expected |= {f"blocks.{i}.{key}": p for i in range(1, c.n_layer) for key, p in block.items()}
+        for key, p in expected.items():
+            w = weights[key]
+            if not (w.layout == torch.strided and w.is_floating_point() and w.shape == p.shape):
+                raise ValueError(f"{key} must hold floating-point numbers of shape {tuple(p.shape)}")
+            if w.untyped_storage().nbytes() < w.numel() * w.element_size():
+                raise ValueError(f"{key} claims more numbers than there are")
+        n_tensors = len(list(one.parameters())) + (c.n_layer - 1) * len(block)
+        if len({w.untyped_storage().data_ptr() for w in weights.values()}) < n_tensors:
+            raise ValueError("weights share their numbers")
+        model = Transformer(c)
+        model.load_state_dict(weights)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:150]
+        raise CheckpointError(f"{name}: not a checkpoint of this model.py ({type(e).__name__}: {reason})") from None
     return model.to(device).eval()

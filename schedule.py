@@ -19,6 +19,8 @@ DECAYS = {  # share of the peak learning rate at progress x in [0, 1] after the 
     "constant": lambda x: 1.0,
 }
 
+WORD_MARKS = [n * 1_000_000 for n in (*range(1, 10), *range(10, 101, 10))]  # BabyLM 2025 asks for a checkpoint at each
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -41,17 +43,32 @@ class Phase:
             counts[i] += 1
         return [(name, count) for (name, _), count in zip(self.mix, counts)]
 
+    def micro_batches(self, batch_rows: int, micro_rows: int, world: int) -> list[tuple[str, int, list[int]]]:
+        """Cut each objective's rows of one optimizer step into equal parts of at most micro_rows, as many for every process.
+
+        -> objective, number of the part, its rows, where -1 fills the last parts up. Process r of world takes every
+        world-th part, from r on.
+        """
+        cut, start = [], 0
+        for objective, n_rows in self.rows(batch_rows):
+            parts = -(-n_rows // (micro_rows * world)) * world
+            size = -(-n_rows // parts)
+            rows = [*range(start, start + n_rows), *[-1] * (parts * size - n_rows)]
+            cut += [(objective, i, rows[i * size:(i + 1) * size]) for i in range(parts)]
+            start += n_rows
+        return cut
+
 
 def parse(text: str) -> tuple[Phase, ...]:
     """Phases of a schedule; raises ValueError that names the part and what was expected."""
     phases = []
     for part in text.split("+"):
-        match = re.fullmatch(r"([0-9]+)_(\S+)", part.strip())
+        match = re.fullmatch(r"([0-9]{1,9})_(\S+)", part.strip())
         if not match or int(match[1]) < 1:
-            raise ValueError(f"schedule {text!r}: {part!r} is not EPOCHS_MIX with at least one epoch, as in 4_CLM")
+            raise ValueError(f"schedule {text!r}: {part!r} is not EPOCHS_MIX with 1 to 999999999 epochs, as in 4_CLM")
         mix = []
         for item in match[2].split(":"):
-            weighted = re.fullmatch(r"([0-9]*)([A-Z]+)", item)
+            weighted = re.fullmatch(r"([0-9]{,9})([A-Z]+)", item)
             if not weighted or weighted[2] not in OBJECTIVES or weighted[1] and int(weighted[1]) < 1:
                 raise ValueError(f"schedule {text!r}: {item!r} is not one of {', '.join(OBJECTIVES)}, "
                                  "with an optional weight of at least 1 in front, as in 15MNTP")
@@ -75,6 +92,7 @@ class Schedule:
     decay: str = "cosine"
     mask_start: float = 0.15  # share of the tokens that MLM and MNTP hide at the first step
     mask_end: float = 0.15  # and at the last; linear in between
+    words_per_epoch: int = 0  # words of the corpus
 
     @property
     def epochs(self) -> int:
@@ -112,3 +130,11 @@ class Schedule:
     def ends_phase(self, step: int) -> bool:
         """Is this step the last one of its phase?"""
         return step + 1 == self.steps or self.phase(step) != self.phase(step + 1)
+
+    def words(self, steps: int) -> int:
+        """Words seen, with repetition, in the first so many steps."""
+        return round(steps * self.words_per_epoch / self.steps_per_epoch)
+
+    def reaches_mark(self, step: int) -> bool:
+        """Do the words seen reach 1M, 2M ... 10M, 20M ... or 100M with this step?"""
+        return any(self.words(step) < mark <= self.words(step + 1) for mark in WORD_MARKS)

@@ -7,17 +7,20 @@
     python train.py config/babyllama.py --resume                         # go on from the newest checkpoint
 """
 
+import fcntl
 import json
 import os
+import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 from data import DROPOUT, Batches, Corpus, DataError, hash64
-from model import (BACKBONES, CheckpointError, ModelConfig, Transformer, checkpoints, load_checkpoint, load_model,
-                   save_checkpoint)
+from model import (BACKBONES, CheckpointError, ModelConfig, Transformer, checkpoints, load_model, load_newest, save_checkpoint,
+                   write_whole)
 from schedule import DECAYS, OBJECTIVES, Schedule, parse
 
 
@@ -69,12 +72,14 @@ class Settings:
     eps: float = 1e-8
     weight_decay: float = 0.1  # not on embeddings, biases and norms
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    skip_nonfinite: int = 0  # steps with a non-finite loss or gradient that may be skipped before the run stops
     # looking at it
     log_every: int = 20  # steps
     eval_every: int = 0  # steps between evaluations on the dev tokens; 0: at the end of each epoch
     eval_rows: int = 512  # rows of the dev tokens, at most
     save_every: int = 500  # steps between checkpoints; each phase end has one too
     keep: int = 2  # newest checkpoints kept, beside those of phase ends
+    babylm_rules: bool = False  # BabyLM 2025/26: at most 10 epochs, a checkpoint kept at 1M, 2M ... 10M, 20M ... 100M words
     # machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # auto | float32 | bfloat16 (autocast; weights stay float32)
@@ -86,29 +91,28 @@ class Settings:
         for phase in (phases := parse(self.schedule)):
             if self.batch_rows < (weights := sum(weight for _, weight in phase.mix)):
                 raise ValueError(f"batch_rows {self.batch_rows} cannot be shared as {phase}: at least {weights} rows")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        rules = [(name, getattr(self, name) > 0, "must be greater than 0") for name in
-                 ("batch_rows", "micro_rows", "lr", "eps", "log_every", "eval_rows", "save_every", "keep")]
-        rules += [(name, getattr(self, name) >= 0, "must not be negative") for name in
-                  ("seed", "weight_decay", "clip", "eval_every")]
-        rules += [(name, value not in ("", float("inf"), float("-inf")) and value == value, "must be given, and finite")
-                  for name, value in vars(self).items() if name != "score"]
-        rules += [(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)") for name in ("warmup", "beta1", "beta2")]
-        rules += [(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}") for name, choices in
-                  dict(backbone=list(BACKBONES), optimizer=["adamw", "lamb", "muon"], lr_decay=list(DECAYS),
-                       device=["auto", "cpu", "cuda", "mps"], precision=["auto", "float32", "bfloat16"],
-                       compile=["auto", "on", "off"]).items()]
-        rules += [("seed", self.seed < 1 << 63, "must be below 2 ** 63"),
-                  ("block_size", self.block_size >= 2, "must be at least 2 tokens"),
-                  ("lr_min", 0 <= self.lr_min <= 1, "is a share of lr and must lie in [0, 1]"),
-                  ("mask_span", self.mask_span >= 1, "must be at least 1 token"),
-                  ("batch_rows", self.batch_rows % world == 0, f"must be a multiple of the {world} processes")]
-        if any(name != "CLM" for phase in phases for name, _ in phase.mix):
-            rules += [(name, 1 <= getattr(self, name) * self.block_size <= self.block_size - 1,
-                       f"must hide at least 1 and leave at least 1 of {self.block_size} tokens")
-                      for name in ("mask_start", "mask_end")]
-        for name, holds, expected in rules:
-            if not holds:
+        world, T = int(os.environ.get("WORLD_SIZE", 1)), self.block_size
+        hides = any(name != "CLM" for phase in phases for name, _ in phase.mix)
+        choices = dict(backbone=[*BACKBONES], optimizer=["adamw", "lamb", "muon"], device=["auto", "cpu", "cuda", "mps"],
+                       lr_decay=[*DECAYS], precision=["auto", "float32", "bfloat16"], compile=["auto", "on", "off"])
+        rules = [
+            ("batch_rows micro_rows lr eps log_every eval_rows save_every keep", lambda x: x > 0, "must be greater than 0"),
+            ("seed weight_decay clip skip_nonfinite eval_every", lambda x: x >= 0, "must not be negative"),
+            (" ".join(name for name in vars(self) if name != "score"),
+             lambda x: x not in ("", float("inf"), float("-inf")) and x == x, "must be given, and finite"),
+            ("warmup beta1 beta2", lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+            *((name, lambda x, of=of: x in of, f"must be one of {', '.join(of)}") for name, of in choices.items()),
+            ("seed", lambda x: x < 1 << 63, "must be below 2 ** 63"),
+            ("block_size", lambda x: x >= 2, "must be at least 2 tokens"),
+            ("lr_min", lambda x: 0 <= x <= 1, "is a share of lr and must lie in [0, 1]"),
+            ("mask_span", lambda x: x >= 1, "must be at least 1 token"),
+            ("batch_rows", lambda x: x % world == 0, f"must be a multiple of the {world} processes"),
+            ("schedule" * self.babylm_rules, lambda x: sum(phase.epochs for phase in phases) <= 10,
+             "has more than the 10 epochs that babylm_rules allow"),
+            ("mask_start mask_end" * hides, lambda x: 1 <= x * T <= T - 1,
+             f"must hide at least 1 and leave at least 1 of {T} tokens")]
+        for name, holds, expected in ((name, *rule) for names, *rule in rules for name in names.split()):
+            if not holds(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)!r} {expected}")
 
     def model_config(self, vocab_size: int) -> ModelConfig:
@@ -117,8 +121,8 @@ class Settings:
 
 
 # Settings that may differ when a run goes on; all others would make it a different run.
-FREE = {"corpus", "out_dir", "resume", "prepare", "score", "micro_rows", "log_every", "eval_every", "eval_rows",
-        "save_every", "keep", "device", "precision", "compile"}
+FREE = {"corpus", "out_dir", "resume", "prepare", "score", "micro_rows", "skip_nonfinite", "log_every", "eval_every",
+        "eval_rows", "save_every", "keep", "babylm_rules", "device", "precision", "compile"}
 
 
 class TrainError(Exception):
@@ -130,23 +134,36 @@ class Processes:
 
     def __init__(self, device: str):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise config.ConfigError("device = 'cuda', but torch sees no GPU; choose cpu or auto")
-        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
+        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
         if device == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:  # small host-side numbers travel by gloo, so that no step waits for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=self.fresh_store(),
+                                    rank=self.rank, world_size=self.world)
+
+    def fresh_store(self) -> dist.Store:
+        """torchrun's store under a name new at each start: after a failure it still holds the addresses of the dead."""
+        # Each process asks in a name of its own; the first answers with its own until all have come.
+        store, name = next(dist.rendezvous("env://"))[0], uuid4().hex
+        if self.rank:
+            store.set(f"ask/{self.rank}", name)
+            name = store.get(name).decode()
+            store.set(f"{name}/{self.rank}", "")
+        for rank in range(1, self.world) if self.rank == 0 else ():
+            while not store.check([f"{name}/{rank}"]):  # the first to be answered may be dead
+                store.set(store.get(f"ask/{rank}").decode(), name)
+                time.sleep(0.01)
+        return dist.PrefixStore(name, store)
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over all processes."""
-        if self.world == 1:
-            return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        if self.world > 1:
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def say(self, *text):
@@ -166,15 +183,14 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
+            params, (beta1, beta2) = [p for p in group["params"] if p.grad is not None], group["betas"]
+            if not params:
+                continue
             for p in params:
                 if not self.state[p]:
                     self.state[p] = dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 self.state[p]["step"] += 1
-            if not params:
-                continue
-            t = self.state[params[0]]["step"]
+            grads, t = [p.grad for p in params], self.state[params[0]]["step"]
             m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
@@ -196,88 +212,101 @@ def make_optimizers(model: Transformer, s: Settings, device: torch.device) -> li
     named = dict(model.named_parameters())
     decay = [p for name, p in named.items() if p.dim() == 2 and not name.startswith("embedding.")]
     plain = [p for name, p in named.items() if p.dim() != 2 or name.startswith("embedding.")]
-    betas, optimizers = (s.beta1, s.beta2), []
+    optimizers, adam = [], dict(lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps)
     if s.optimizer == "muon":  # for the hidden matrices only (Jordan et al. 2024), with step sizes like AdamW's
         hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
         optimizers = [torch.optim.Muon(hidden, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")]
         decay = [p for p in decay if not any(p is q for q in hidden)]
     groups = [dict(params=decay, weight_decay=s.weight_decay), dict(params=plain, weight_decay=0.0)]
     if s.optimizer == "lamb":
-        return [Lamb(groups, lr=s.lr, betas=betas, eps=s.eps)]
-    return optimizers + [torch.optim.AdamW(groups, lr=s.lr, betas=betas, eps=s.eps, fused=device.type != "mps")]
+        return [Lamb(groups, **adam)]
+    return optimizers + [torch.optim.AdamW(groups, **adam, fused=device.type != "mps")]
 
 
-# ------------------------------------------------------------------------------------------- the run folder
+@torch.no_grad()
+def update(optimizers: list[torch.optim.Optimizer], lr: float, norm: torch.Tensor):
+    """One step of the optimizers; where the norm of the gradient is not finite, the weights stay as they are.
 
-
-def open_run(s: Settings, corpus: Corpus, p: Processes) -> dict | None:
-    """Make the run folder, or find in it what to go on from -> content of the newest whole checkpoint, or None."""
-    run, found, content = Path(s.out_dir), checkpoints(s.out_dir), None
-    if found and not s.resume:
-        raise TrainError(f"{run}: holds a run already ({found[0].name}); go on with --resume or choose another --out_dir")
-    for path in found:
-        try:
-            content = load_checkpoint(path)
-            break
-        except CheckpointError as e:
-            p.say(f"skipped {e}")
-    if content:
-        theirs, ours = content["settings"], asdict(s)
-        for name in sorted(ours.keys() - FREE):
-            if theirs.get(name) != ours[name]:
-                raise TrainError(f"{path}: was trained with {name}={theirs.get(name)!r}, not {ours[name]!r}; "
-                                 "a changed setting needs a new --out_dir")
-        if content["tokenizer_sha256"] != corpus.tokenizer.sha256 or content["tokens_sha256"] != corpus.meta["train"]["sha256"]:
-            raise TrainError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
-    elif found:
-        raise TrainError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --out_dir")
-    if p.rank == 0:
-        (run / "source" / "config").mkdir(parents=True, exist_ok=True)
-        here = Path(__file__).parent
-        for file in (*here.glob("*.py"), *here.glob("config/*.py")):  # a result carries the code that made it
-            shutil.copy(file, run / "source" / file.relative_to(here))
-        shutil.copy(corpus.folder / "tokenizer.json", run)
-        (run / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-        step, metrics = content["step"] if content else 0, run / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-    return content
-
-
-def save(s: Settings, schedule: Schedule, corpus: Corpus, model: Transformer, optimizers, step: int):
-    """Write a checkpoint of `step` finished steps; drop all but the newest s.keep and those that end a phase."""
-    save_checkpoint(Path(s.out_dir) / f"step_{step:07}.pt", model, step=step, settings=asdict(s),
-                    optimizer=[o.state_dict() for o in optimizers], boundary=corpus.boundary,
-                    tokenizer_sha256=corpus.tokenizer.sha256, tokens_sha256=corpus.meta["train"]["sha256"])
-    for old in checkpoints(s.out_dir)[s.keep:]:
-        if not schedule.ends_phase(int(old.stem.removeprefix("step_")) - 1):
-            old.unlink()
+    The device decides, so that the step does not wait for it. Fused AdamW skips such a step as under torch.amp; the
+    others take it with a gradient of zero, so that their moments stay finite, and the weights are put back.
+    """
+    bad = ~norm.isfinite()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf, params = bad.float(), []
+        before = [p.clone() for p in params]
+        for p in params:
+            p.grad.masked_fill_(bad, 0)
+        optimizer.step()
+        for p, old in zip(params, before):
+            torch.where(bad, old, p, out=p)
+        optimizer.zero_grad(set_to_none=True)
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
+def open_run(run: Path, s: Settings, corpus: Corpus, p: Processes):
+    """Lock the run folder, write down what this run is -> lock's file; path and content of the newest whole checkpoint."""
+    (run / "source" / "config").mkdir(parents=True, exist_ok=True)
+    lock, found = open(run / "lock", "ab+", buffering=0), checkpoints(run)
+    if p.rank == 0:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when this process dies
+        except BlockingIOError:
+            raise TrainError(f"{run}: another train.py is at work in it; wait for its end or choose another --out_dir") from None
+        except OSError as e:
+            p.say(f"{run}: its file system has no locks ({e.strerror}); do not start a second run in it")
+        launch = f"{os.uname().nodename} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}".encode()
+        if "TORCHELASTIC_RUN_ID" in os.environ and (run / "lock").read_bytes() == launch:  # by the same torchrun
+            s.resume = True
+            p.say(f"{run}: started again by torchrun, so --resume")
+        if found and not s.resume:
+            raise TrainError(f"{run}: holds a run already ({found[0].name}); go on with --resume or choose another --out_dir")
+        lock.truncate(0)
+        lock.write(launch)
+        for part in (*run.glob(".*.part"), *run.glob("source/**/.*.part")):  # what a kill cut short
+            part.unlink()
+    path, content = load_newest(run, p.say)
+    if content:
+        theirs, ours = asdict(Settings()) | content["settings"], asdict(s)  # an older run lacks newer settings
+        for name in sorted(ours.keys() - FREE):
+            if theirs[name] != ours[name]:
+                raise TrainError(f"{path}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
+                                 "a changed setting needs a new --out_dir")
+        if content["tokenizer_sha256"] != corpus.tokenizer.sha256 or content["tokens_sha256"] != corpus.meta["train"]["sha256"]:
+            raise TrainError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
+    elif path:
+        raise TrainError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --out_dir")
+    if p.rank == 0:
+        here, step, metrics = Path(__file__).parent, content["step"] if content else 0, run / "metrics.jsonl"
+        lines = re.finditer(rb'^{"step": (\d+),.*}\n', metrics.read_bytes() if metrics.exists() else b"", re.M)
+        write_whole(metrics, lambda f: f.writelines(line[0] for line in lines if int(line[1]) <= step))
+        write_whole(run / "settings.json", lambda f: f.write(json.dumps(asdict(s), indent=1).encode()))
+        write_whole(run / "tokenizer.json", lambda f: f.write((corpus.folder / "tokenizer.json").read_bytes()))
+        for file in (*here.glob("*.py"), *here.glob("config/*.py")):  # a result carries the code that made it
+            write_whole(run / "source" / file.relative_to(here), lambda f: f.write(file.read_bytes()))
+    return lock, path, content
+
+
 def to_device(arrays, device: torch.device):
+    pin = device.type == "cuda"  # from pinned memory the copy runs behind the GPU's back
     tensors = [None if a is None else torch.from_numpy(a) for a in arrays]
-    if device.type == "cuda":  # from pinned memory the copy runs behind the GPU's back
-        return [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t if t is None else t.to(device) for t in tensors]
+    return [t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in tensors]
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, dev: Batches, s: Settings, objectives: list[str], p: Processes, autocast) -> dict:
-    """Mean dev loss in nats per scored token for each objective, on the same rows every time, by all processes.
-
-    The uncompiled model: nothing is compiled for a shape that only evaluation has.
-    """
+    """Mean dev loss in nats per scored token for each objective, on the same rows each time, by the uncompiled model."""
     model.eval()
-    losses = {}
-    rows = np.arange(p.rank, min(s.eval_rows, dev.n_rows), p.world)
+    losses, rows = {}, np.arange(p.rank, min(s.eval_rows, dev.n_rows), p.world)
     for objective in objectives:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for i in range(0, len(rows), s.micro_rows):
-            arrays = dev.batch(objective, 0, 0, rows[i:i + s.micro_rows], mask_rate=0.15)
-            tokens, targets, scored = to_device(arrays, p.device)
+            tokens, targets, scored = to_device(dev.batch(objective, 0, 0, rows[i:i + s.micro_rows], 0.15), p.device)
             with autocast():
                 loss, n = model.forward(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
             total, count = total + loss.cpu(), count + n.item()
@@ -288,14 +317,12 @@ def evaluate(model: Transformer, dev: Batches, s: Settings, objectives: list[str
 
 
 def train(s: Settings):
-    p = Processes(s.device)
-    if s.prepare and not Path(s.corpus).exists() and p.rank == 0:
-        for command in s.prepare:
-            p.say(f"python {command}")
-            if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
-                raise DataError(f"{s.corpus}: was missing, and the command that makes it failed: python {command}")
-    if p.world > 1:
-        dist.barrier()
+    p, run = Processes(s.device), Path(s.out_dir)
+    for command in s.prepare if p.rank == 0 and not Path(s.corpus).exists() else ():
+        p.say(f"python {command}")
+        if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
+            raise DataError(f"{s.corpus}: was missing, and the command that makes it failed: python {command}")
+    p.sum(0)  # the others wait
     corpus = Corpus(s.corpus)
     if len(corpus.train) <= s.block_size:
         raise DataError(f"{s.corpus}: {len(corpus.train)} training tokens do not fill a row of block_size {s.block_size}")
@@ -305,151 +332,169 @@ def train(s: Settings):
     batches = Batches(corpus.train, corpus.vocab_size, s.block_size, s.batch_rows, s.seed, slots, s.mask_span)
     dev = Batches(corpus.dev, corpus.vocab_size, s.block_size, s.eval_rows, 0, int(np.ceil(0.15 * s.block_size)))
     schedule = Schedule(parse(s.schedule), batches.steps_per_epoch, s.lr, s.lr_min, s.warmup, s.lr_decay,
-                        s.mask_start, s.mask_end)
-    learnt = {name for phase in schedule.phases for name, _ in phase.mix}
-    judged = [name for name in OBJECTIVES if name in learnt | {"CLM", "MLM"}]
+                        s.mask_start, s.mask_end, corpus.meta["train"]["words"])
+    judged = [name for name in OBJECTIVES if name in ("CLM", "MLM") or any(name in dict(x.mix) for x in schedule.phases)]
 
     torch.manual_seed(s.seed)
-    content = open_run(s, corpus, p)
-    model = load_model(content) if content else Transformer(s.model_config(corpus.vocab_size))
+    lock, path, content = open_run(run, s, corpus, p)  # the lock lasts until train returns
+    model = load_model(content, name=path) if content else Transformer(s.model_config(corpus.vocab_size))
     model = model.to(p.device).train()
     optimizers = make_optimizers(model, s, p.device)
-    first = 0
-    if content:
-        first = content["step"]
-        for optimizer, state in zip(optimizers, content["optimizer"]):
-            optimizer.load_state_dict(state)
-        del content
+    first, skipped = (content["step"], content.get("skipped", 0)) if content else (0, 0)
+    for optimizer, state in zip(optimizers, content["optimizer"] if content else ()):
+        optimizer.load_state_dict(state)
+    del content
+    if p.sum(first)[0] != first * p.world:
+        raise TrainError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
 
     bf16 = s.precision == "bfloat16" or s.precision == "auto" and p.device.type == "cuda" and torch.cuda.is_bf16_supported()
     compiled = s.compile == "on" or s.compile == "auto" and p.device.type == "cuda"
     if compiled:
         model.compile(dynamic=False)  # in place: keys stay clean, and model.forward stays uncompiled for evaluation
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if p.world > 1 else model
-
-    def autocast():
-        return torch.autocast(p.device.type, torch.bfloat16, enabled=bf16)
+    autocast = partial(torch.autocast, p.device.type, torch.bfloat16, enabled=bf16)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if p.world > 1 else model
 
     name = torch.cuda.get_device_name(p.device) if p.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     p.say(f"{s.backbone}: {sum(q.numel() for q in model.parameters()) / 1e6:.2f} million parameters, "
           f"{corpus.meta['train']['words']:,} words, {len(corpus.train):,} tokens\n"
           f"{s.schedule}: {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of {s.batch_rows} x {s.block_size} tokens\n"
-          f"device {p.device} ({name}), {p.world} process(es); "
-          f"precision {'bfloat16 autocast' if bf16 else 'float32'} ({s.precision}); "
-          f"compile {'on' if compiled else 'off'} ({s.compile}: on for a GPU, off elsewhere)\nrun {s.out_dir}"
-          + (f", resumed after step {first}" if first else ""))
+          f"device {p.device} ({name}), {p.world} process(es); precision {'bfloat16 autocast' if bf16 else 'float32'} "
+          f"({s.precision}); compile {'on' if compiled else 'off'} ({s.compile}: on for a GPU, off elsewhere)\n"
+          f"run {run}, " + (f"resumed after step {first}" if first else "which holds no checkpoint: starts at step 0"))
 
     stop = []  # signals received; the step in progress is finished and saved first
 
     def on_signal(number, frame):
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what the terminal has sent, and kills after 30 s
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    sums = {objective: np.zeros(2) for objective in OBJECTIVES}  # loss and scored tokens since the last line
+    pending = []  # steps that the host has not looked at: number, micro-batches, scored tokens, gradient norm and losses
+    began, logged, tokens_seen, halt = time.time(), time.time(), 0, 0
 
-    metrics = open(Path(s.out_dir) / "metrics.jsonl", "a") if p.rank == 0 else None
+    def look():
+        """Wait for the device and take up the steps since the last look; raises TrainError."""
+        nonlocal skipped
+        for number, parts, counts, found in pending:
+            norm, *losses = found.tolist()
+            if np.isfinite(norm):
+                for (objective, *_), loss, count in zip(parts[p.rank::p.world], losses, counts):
+                    sums[objective] += loss, count
+                continue
+            skipped += 1
+            bad = np.zeros(len(parts))
+            bad[p.rank::p.world] = ~np.isfinite(losses)
+            bad = [f"{objective} rows {rows[0]} to {max(rows)}" for (objective, _, rows), n in zip(parts, p.sum(*bad)) if n]
+            text = f"step {number}: gradient norm {norm} is not finite" + f", nor the loss of {', '.join(bad)}" * bool(bad)
+            if skipped > s.skip_nonfinite:
+                raise TrainError(f"{run}: {text}; nothing was saved since the last checkpoint; lower lr or clip, or allow "
+                                 "--skip_nonfinite=N such steps")
+            p.say(f"{text}; skipped")
+        pending.clear()
+
+    def save(done: int):
+        """Write a checkpoint of `done` steps; drop all but the newest s.keep and those to be kept for good."""
+        look()
+        if p.rank == 0:
+            save_checkpoint(run / f"step_{done:07}.pt", model, step=done, words=schedule.words(done), skipped=skipped,
+                            settings=asdict(s), optimizer=[o.state_dict() for o in optimizers], boundary=corpus.boundary,
+                            tokenizer_sha256=corpus.tokenizer.sha256, tokens_sha256=corpus.meta["train"]["sha256"])
+            files = {int(path.stem.removeprefix("step_")): path for path in checkpoints(run)}
+            for n in [n for n in files if n <= done][s.keep:]:  # later ones are damaged: resume went back before them
+                if not (schedule.ends_phase(n - 1) or s.babylm_rules and schedule.reaches_mark(n - 1)):
+                    files[n].unlink()
 
     def record(**entry):
-        if metrics:
-            metrics.write(json.dumps(entry) + "\n")
-            metrics.flush()
-
-    words_per_step = corpus.meta["train"]["words"] / schedule.steps_per_epoch
-    sums = {objective: [0.0, 0] for objective in OBJECTIVES}  # summed loss (on the device) and count since the last line
-    began, logged, tokens_seen, halt = time.time(), time.time(), 0, 0
+        if p.rank == 0:
+            with open(run / "metrics.jsonl", "a") as f:  # anew for each line, so that a folder that is gone is noticed
+                f.write(json.dumps(entry) + "\n")
 
     for step in range(first, schedule.steps):
         epoch, step_in_epoch = schedule.epoch(step)
         phase = schedule.phases[schedule.phase(step)]
-        lr = schedule.learning_rate(step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-        # Each objective's rows are cut into equal micro-batches, the same number for every process.
-        shares = phase.rows(s.batch_rows)
-        micro, counts, row = [], dict.fromkeys(dict(shares), 0), 0
-        for objective, n_rows in shares:
-            parts = -(-n_rows // (s.micro_rows * p.world))
-            size = -(-n_rows // (parts * p.world))
-            for i in range(p.rank, parts * p.world, p.world):
-                rows = row + i * size + np.arange(size)
-                rows[rows >= row + n_rows] = -1  # comes back unscored
-                arrays = batches.batch(objective, epoch, step_in_epoch, rows, schedule.mask_rate(step))
-                counts[objective] += int((arrays[1] != -100).sum())
-                micro.append((objective, i, arrays))
-            row += n_rows
-        halt, *totals = p.sum(len(stop), *counts.values())
+        shares, parts = phase.rows(s.batch_rows), phase.micro_batches(s.batch_rows, s.micro_rows, p.world)
+        mine, rate = parts[p.rank::p.world], schedule.mask_rate(step)
+        micro = [batches.batch(objective, epoch, step_in_epoch, np.array(rows), rate) for objective, _, rows in mine]
+        counts = [int((targets != -100).sum()) for _, targets, _ in micro]
+        ours = [sum(n for (name, *_), n in zip(mine, counts) if name == objective) for objective, _ in shares]
+        halt, *totals = p.sum(len(stop), *ours)
         if halt:  # checked before the step, so that all processes stop at the same one
             break
         # A mix weighs each objective's mean by its share of rows (GPT-BERT); alone, it is the mean over scored tokens.
-        weight = {objective: n_rows / s.batch_rows / max(1, total)
-                  for (objective, n_rows), total in zip(shares, totals)}
-
-        for i, (objective, number, arrays) in enumerate(micro):
+        weight = {objective: n / s.batch_rows / max(1, count) for (objective, n), count in zip(shares, totals)}
+        losses = []
+        for (objective, number, _), arrays in zip(mine, micro):
             tokens, targets, scored = to_device(arrays, p.device)
             # Dropout, too, is a function of position.
             torch.manual_seed(int(hash64(s.seed, DROPOUT, step, list(OBJECTIVES).index(objective), number)[0] >> np.uint64(1)))
-            with ddp.no_sync() if p.world > 1 and i + 1 < len(micro) else nullcontext():
+            with ddp.no_sync() if p.world > 1 and len(losses) + 1 < len(micro) else nullcontext():
                 with autocast():
                     loss, _ = ddp(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
-                (loss * (weight[objective] * p.world)).backward()  # DDP divides by the number of processes
-            sums[objective][0] += loss.detach()
-        for objective, count in counts.items():
-            sums[objective][1] += count
+                # DDP divides by the number of processes. 0 * loss makes all gradients NaN where the loss is not finite,
+                # and with them the norm, which is the same in all processes: so they agree on what to skip.
+                (loss * (weight[objective] * p.world + 0 * loss.detach())).backward()
+            losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or float("inf"))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        lr = schedule.learning_rate(step)
+        update(optimizers, lr, norm)
+        pending.append((step + 1, parts, counts, torch.stack((norm, *losses))))
         tokens_seen += s.batch_rows * s.block_size
 
-        done, ends_epoch = step + 1, step_in_epoch + 1 == schedule.steps_per_epoch
-        where = dict(step=done, epoch=round(done / schedule.steps_per_epoch, 4), phase=str(phase), words=round(done * words_per_step))
+        done = step + 1
+        where = dict(step=done, epoch=round(done / schedule.steps_per_epoch, 4), phase=str(phase), words=schedule.words(done))
         if done % s.log_every == 0 or done == schedule.steps or done == first + 1:
-            flat = p.sum(*(float(x) for objective in counts for x in sums[objective]))
-            losses = {objective: total / max(1, count) for objective, total, count in zip(counts, flat[::2], flat[1::2])}
+            look()
+            flat = p.sum(*(x for objective, _ in shares for x in sums[objective]))
+            losses = {objective: total / n for (objective, _), total, n in zip(shares, flat[::2], flat[1::2]) if n}
             now = time.time()
             speed, left = tokens_seen / (now - logged), (now - began) / (done - first) * (schedule.steps - done)
-            if not np.isfinite([*losses.values(), norm.item()]).all():
-                raise TrainError(f"{s.out_dir}: loss {losses} or gradient norm {norm.item()} is not finite in the steps up to "
-                                 f"{done}; nothing was saved since the last checkpoint; lower lr or clip")
             p.say(f"step {done}/{schedule.steps}  epoch {done / schedule.steps_per_epoch:.2f}/{schedule.epochs}  {phase}  "
-                  + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
-                  + f"  lr {lr:.2e}  {speed:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02} left")
-            record(**where, loss=losses, lr=lr, grad_norm=norm.item(), mask_rate=schedule.mask_rate(step), tokens_per_s=round(speed))
-            sums = {objective: [0.0, 0] for objective in OBJECTIVES}
+                  + "".join(f"{k} {v:.3f}  " for k, v in losses.items()) + f"skipped {skipped}  " * (skipped > 0)
+                  + f"lr {lr:.2e}  {speed:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02} left")
+            record(**where, loss=losses, lr=lr, grad_norm=norm.item() if norm.isfinite() else None, skipped=skipped,
+                   mask_rate=rate, tokens_per_s=round(speed))
+            sums = {objective: np.zeros(2) for objective in OBJECTIVES}
             tokens_seen, logged = 0, now
-        if (done % s.eval_every == 0 if s.eval_every else ends_epoch) or done == schedule.steps:
+        if done % (s.eval_every or schedule.steps_per_epoch) == 0 or done == schedule.steps:
             losses = evaluate(model, dev, s, judged, p, autocast)
             p.say(f"step {done}/{schedule.steps}  dev loss  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+            if not np.isfinite([*losses.values()]).all():
+                raise TrainError(f"{run}: dev loss not finite at step {done}; nothing was saved since the last checkpoint")
             record(**where, dev=losses)
-        if (done % s.save_every == 0 or schedule.ends_phase(step)) and p.rank == 0:
-            save(s, schedule, corpus, model, optimizers, done)
+        if done % s.save_every == 0 or schedule.ends_phase(step) or s.babylm_rules and schedule.reaches_mark(step):
+            save(done)
 
     if halt:
-        if p.rank == 0 and step > first:
-            save(s, schedule, corpus, model, optimizers, step)
+        if step > first:
+            save(step)
         again = " ".join(arg for arg in sys.argv if arg != "--resume")
         p.say(f"stopped after step {step}; go on with the same command and --resume: {again} --resume")
-    if metrics:
-        metrics.close()
     if p.world > 1:
         dist.destroy_process_group()
     if halt:
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
-    if p.rank == 0:
-        minutes = (time.time() - began) / 60
-        print(f"trained {s.out_dir} in {minutes:.1f} minutes", flush=True)
-        if s.score:
-            for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]):
-                print("python eval.py", shlex.join([s.out_dir, *arguments]), flush=True)
-                if subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments]).returncode:
-                    raise TrainError(f"{s.out_dir}: trained and saved, but the evaluation above failed; repeat it by hand")
+    p.say(f"trained {run} in {(time.time() - began) / 60:.1f} minutes")
+    for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]) if s.score and p.rank == 0 else ():
+        p.say("python eval.py", shlex.join([s.out_dir, *arguments]))
+        if subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments]).returncode:
+            raise TrainError(f"{run}: trained and saved, but the evaluation above failed; repeat it by hand")
 
 
 if __name__ == "__main__":
     try:
-        train(config.load(Settings, sys.argv[1:]))
-    except (config.ConfigError, DataError, CheckpointError, TrainError, OSError) as e:
-        sys.exit(f"train.py: {e}")
+        train(s := config.load(Settings, sys.argv[1:]))
+        sys.exit()
+    except (config.ConfigError, DataError, CheckpointError, TrainError) as e:
+        line = e
+    except OSError as e:
+        line = f"{e.filename or s.out_dir}: {e.strerror}; finished checkpoints are whole: mend this, then go on with --resume"
+    except RuntimeError as e:
+        if "gloo" not in str(e):
+            raise
+        line = f"process {os.environ['RANK']}: lost contact with another one; go on from the newest checkpoint with --resume"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once the first process has said it, torchrun ends the others
+    time.sleep(3 * (os.environ.get("LOCAL_RANK", "0") != "0"))
+    sys.exit(f"train.py: {line}")

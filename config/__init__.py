@@ -6,14 +6,21 @@ A file is plain Python, run in a namespace of its own; each public name in it mu
 """
 
 import difflib
+import inspect
 import re
 import runpy
 import types
 from dataclasses import fields
+from pathlib import Path
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, bytes that are no UTF-8
 
 
 class ConfigError(Exception):
     """One line for the user: which file or flag, which setting and value, what was expected."""
+
+    def __str__(self):  # one line, also where a flag or a file's name holds a newline
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 def load(cls: type, args: list[str]):
@@ -44,30 +51,40 @@ def setting(cls: type, name: str, where: str):
     known = {f.name: f.type for f in fields(cls)}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(f"{where}: {name!r} is not a setting" + (f"; did you mean {close[0]!r}?" if close else
-                                                                   "; train.py lists them at its top"))
+        hint = f"did you mean {close[0]!r}?" if close else f"{Path(inspect.getfile(cls)).name} lists them at its top"
+        raise ConfigError(f"{where}: {name!r} is not a setting; {hint}")
     return known[name]
 
 
 def from_file(cls: type, path: str) -> dict:
     try:
-        namespace = runpy.run_path(path)
+        found = {k: v for k, v in runpy.run_path(path).items()
+                 if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+        shown = {k: " ".join(repr(v).split())[:200] for k, v in found.items()}  # an array's spans lines
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror}); name an override file such as config/quickstart.py, "
                           "or a flag such as --lr=1e-3") from None
     except SyntaxError as e:
         raise ConfigError(f"{path}:{e.lineno or 1}: not valid Python ({e.msg})") from None
     except (Exception, SystemExit) as e:  # whatever the user's own file raises
-        raise ConfigError(f"{path}: failed with {type(e).__name__}: {' '.join(str(e).split())}") from None
-    found = {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+        raise ConfigError(f"{path}: failed with {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     for name, value in found.items():
         kind = setting(cls, name, path)
-        if kind is float and type(value) is int:
-            found[name] = float(value)
-        elif type(value) is not kind:
-            shown = " ".join(repr(value).split())  # an array's spans lines
-            raise ConfigError(f"{path}: {name}={shown} must be of type {kind.__name__}, not {type(value).__name__}")
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ConfigError(f"{path}: {name}={shown[name]} must be of type {kind.__name__}, "
+                              f"not {type(value).__name__}")
+        found[name] = checked(kind, value, f"{path}: {name}")
     return found
+
+
+def checked(kind: type, value, where: str):
+    """The value, a whole number for a float made one; raises ConfigError at what no later step could hold."""
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise ConfigError(f"{where}: must fit 64 bits")
+    for text in {str: (value,), tuple: value}.get(kind, ()):
+        if not isinstance(text, str) or UNPRINTABLE.search(text):
+            raise ConfigError(f"{where}: must be text without control characters, not {ascii(text)[:200]}")
+    return kind(value)
 
 
 def from_flag(cls: type, arg: str) -> dict:
@@ -80,6 +97,7 @@ def from_flag(cls: type, arg: str) -> dict:
     if not given:
         raise ConfigError(f"{arg}: write --{name}=VALUE, with VALUE of type {kind.__name__}")
     try:
-        return {name: tuple(filter(None, text.split(","))) if kind is tuple else kind(text)}
+        value = tuple(filter(None, text.split(","))) if kind is tuple else kind(text)
+        return {name: checked(kind, value, arg[:200])}
     except ValueError:
         raise ConfigError(f"{arg}: {text!r} is not of type {kind.__name__}") from None

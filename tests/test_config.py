@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import config
+import finetune
 import train
 from config import ConfigError
 from train import Settings
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name not in ("__init__.py", "glue_lora.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,19 @@ def test_files_run_in_their_own_namespace(file):
     ("n_layer = -1", ["n_layer", "-1"]),
     ("dropout = 1.0", ["dropout", "1.0"]),
     ("schedule = '4_CML'", ["schedule", "'4_CML'", "'CML'"]),
+    ("n_layer = 10 ** 4000", ["n_layer", "64 bits"]),
+    ("lr = 10 ** 4000", ["lr", "64 bits"]),
+    ("lr = 10 ** 5000", ["ValueError", "4300 digits"]),
+    ("seed = -2 ** 63", ["seed", "64 bits"]),
+    ("out_dir = 'a\\nb'", ["out_dir", "control", r"'a\nb'"]),
+    ("corpus = 'a\\0b'", ["corpus", "control"]),
+    ("score = '\\ud800'", ["score", "control"]),
+    ("prepare = (1, 2)", ["prepare", "text", "1"]),
+    ("prepare = ('a.py', 'b\\0.py')", ["prepare", "control"]),
+    ("n_embd = 512\0", ["null bytes"]),
+    ("class lr:\n    def __repr__(self): 1 / 0\nlr = lr()", ["ZeroDivisionError"]),
+    ("schedule = '" + "9" * 5000 + "_CLM'", ["schedule", "epochs"]),
+    ("schedule = '1_" + "9" * 5000 + "CLM'", ["schedule", "weight"]),
 ])
 def test_a_bad_file_is_named(file, text, expected):
     path = file(text + "\n")
@@ -136,10 +150,12 @@ def test_a_bad_file_is_named(file, text, expected):
     ("--schedule=4_GPT", ["'4_GPT'", "'GPT'", "CLM, MLM, MNTP"]), ("--schedule=", ["EPOCHS_MIX"]),
     ("--mask_start=0.005", ["mask_start", "0.005", "128"]), ("--mask_end=1", ["mask_end", "1.0"]),
     ("--n_head=3", ["n_head", "512 / 3"]), ("--n_bucket=0", ["n_bucket", "0"]),
+    ("--n_layer=" + "9" * 30, ["64 bits"]), ("--seed=" + "9" * 5000, ["int"]), ("--out_dir=a\nb", ["control"]),
+    ("--out_dir=\udcff", ["control"]), ("--a\nb=1", [r"--a\nb", "not a setting"]),
 ])
 def test_a_bad_flag_is_named(flag, expected):
     line = refusal("--seed=3", flag)
-    assert line.startswith(flag.partition("=")[0])
+    assert line.startswith(flag.partition("=")[0].replace("\n", r"\n"))
     assert all(part in line for part in expected), line
 
 
@@ -195,3 +211,7 @@ def test_a_mistake_ends_train_py_with_one_line(file, tmp_path, args, world, expe
                           env=os.environ | {"WORLD_SIZE": world})
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"train.py: {expected}\n")
     assert list(tmp_path.iterdir()) == [path]  # nothing was started
+
+
+def test_the_settings_of_finetune_load():
+    assert config.load(finetune.Settings, [str(ROOT / "config/glue_lora.py")]).lora_rank == 8

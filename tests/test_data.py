@@ -1,6 +1,6 @@
 """data.py: the tokenizer (trainer, file, encoding), the token files and their starts, what bad input says, the batches.
 
-    python -m pytest tests/test_data.py        # about 6 s, no GPU, no torch
+    python -m pytest tests/test_data.py        # about 8 s, no GPU, no torch
 
 Two implementations must agree: the trainer with a naive one and with Hugging Face's, token files with a few lines of
 plain Python, MLM and MNTP batches with the CLM batch of the same rows. Tests that need real text or an optional package
@@ -180,6 +180,24 @@ def test_round_trip_and_line_by_line_of_any_text(tok):
     check()
 
 
+@pytest.mark.parametrize("n", [2, 99_999, 100_000, 100_001, 1_200_000])
+@pytest.mark.parametrize("after", ["", "x", ".", "\n", "\n x"])
+def test_a_million_spaces_in_a_row(tmp_path, n, after):
+    """tiktoken's engine gives up on a million: runs are cut at 99,999, shorter ones are one piece as in Hugging Face."""
+    data.save_tokenizer(tmp_path / "t.json", [(b" ", b" "), (b"  ", b"  "), (b" ", b"x")])
+    tok = data.Tokenizer(tmp_path / "t.json")
+    run, rest = (n, after) if after[:1] in ("", "\n") else (n - 1, " " + after)
+    parts = ["a", *(" " * min(99_999, run - i) for i in range(0, run, 99_999)), rest]
+    assert tok.encode("a" + " " * n + after) == [i for part in parts for i in tok.encode(part)]
+    assert len(tok.encode(" " * 99_999)) == 99_999 // 4 + 2
+
+
+def test_half_a_surrogate_pair_is_not_text(tok):
+    for text, place in (("\udcff", 0), ("ducks \ud83d and", 6)):
+        with pytest.raises(data.DataError, match=f"character {place} is half"):
+            tok.encode(text)
+
+
 def test_text_that_spells_a_special_token_never_becomes_one(tok, make, tokenizer_path):
     text = "<s>a <mask> b</s> <pad><pad>\n<s>\n</s> <s><mask>\n"
     assert min(tok.encode(text)) > data.MASK and tok.decode(tok.encode(text)) == text
@@ -195,7 +213,7 @@ def plain_corpus(texts: list[str], boundary: str) -> tuple[str, int]:
     out, documents = "", 0
     for text in texts:
         opens = True
-        for line in text.removesuffix("\n").split("\n"):
+        for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):
             if line:
                 opens |= line.startswith("= = =")
                 documents += opens
@@ -239,6 +257,20 @@ def test_short_texts_with_a_tokenizer_of_bytes(make, text):
     """A tokenizer that spells "= = =" in five tokens met a text shorter than that."""
     folder = make(text, dev=text, vocab_size=260)
     assert data.Corpus(folder).tokenizer.decode(data.Corpus(folder).train.tolist()) == plain_corpus([text], "line")[0]
+
+
+@pytest.mark.parametrize("block", [3, data.BLOCK])
+def test_files_from_windows_read_as_others(make, monkeypatch, tokenizer_path, block):
+    r"""A byte-order mark is no text, \r\n is a newline; a \r alone stays what it is."""
+    monkeypatch.setattr(data, "BLOCK", block)
+    text = "= = = Pond = = =\n\n\nthe ducks\n \nnaïve\r duck\nthe \ufeff end"
+    ours, theirs = (data.Corpus(make(t, dev=t, out=out, tokenizer=str(tokenizer_path))) for t, out in (
+        (text, "ours"), ("\ufeff" + text.replace("\n", "\r\n"), "theirs")))
+    read = ours.tokenizer.decode(ours.train.tolist())
+    assert read == "<s>= = = Pond = = =<s>the ducks<s> <s>naïve\r duck<s>the \ufeff end"
+    for corpus, name in itertools.product((ours, theirs), ("train", "dev")):
+        assert np.array_equal(getattr(corpus, name), ours.train)
+        assert {k: corpus.meta[name][k] for k in ("words", "documents")} == {"words": 14, "documents": 2}
 
 
 @pytest.mark.parametrize("boundary", data.BOUNDARIES)
@@ -346,6 +378,52 @@ def test_bad_tokenizer_is_named_as_the_user_named_it(make, tmp_path, content):
     assert all(path.name.startswith("corpus_") for path in tmp_path.iterdir())
 
 
+def vocab(content: dict) -> dict:
+    return content["model"]["vocab"]
+
+
+TAMPERED = {  # what is done to the content of a good tokenizer.json
+    "a byte is missing": lambda c: vocab(c).pop("a"),
+    "a byte is missing, another token has its id": lambda c: vocab(c).update(zzz=vocab(c).pop("a")),
+    "an id twice": lambda c: vocab(c).update(a=vocab(c)["b"]),
+    "an id beyond the end": lambda c: vocab(c).update(a=10 ** 9),
+    "a negative id": lambda c: vocab(c).update(a=-1),
+    "an id without end": lambda c: vocab(c).update(a=10 ** 4000),
+    "an id of another type": lambda c: vocab(c).update(a="101"),
+    "a token of no bytes": lambda c: vocab(c).update({"\u4e16": 380}),
+    "a merge is missing": lambda c: c["model"]["merges"].pop(),
+    "a merge twice": lambda c: c["model"]["merges"].append(c["model"]["merges"][0]),
+    "merges in another order": lambda c: c["model"]["merges"].reverse(),
+    "a merge of one": lambda c: c["model"]["merges"].append("a"),
+    "a merge of numbers": lambda c: c["model"]["merges"].append([1, 2]),
+    "no merges": lambda c: c["model"].pop("merges"),
+    "a merge into a special token": lambda c: (c["model"]["merges"].append("<s >"), vocab(c).update({"<s>": 380})),
+    "a pattern that does not compile": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
+    "a pattern that drops text": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a"}),
+    "a pattern that never ends": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(a*)*b"}),
+    "a normalizer": lambda c: c.update(normalizer={"type": "Lowercase"}),
+    "no model": lambda c: c.update(model=[]),
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+def test_tampered_tokenizer_is_refused(tokenizer_path, tmp_path, tamper):
+    """tiktoken panics, past `except Exception`, at a vocabulary without some byte, and drops what a pattern leaves."""
+    (tmp_path / "mine.json").write_bytes(tokenizer_path.read_bytes())
+    edit(tmp_path / "mine.json", lambda content: None)
+    assert data.Tokenizer(tmp_path / "mine.json").vocab_size == 380
+    edit(tmp_path / "mine.json", tamper)
+    with pytest.raises(data.DataError) as e:
+        data.Tokenizer(tmp_path / "mine.json")
+    assert one_line(str(e.value), tmp_path / "mine.json") and len(str(e.value)) < 300 + len(str(tmp_path))
+
+
+def test_tokenizer_saved_by_hugging_face_is_read(tokenizer_path, tok, tmp_path):
+    pytest.importorskip("tokenizers").Tokenizer.from_file(str(tokenizer_path)).save(str(tmp_path / "theirs.json"))
+    theirs = data.Tokenizer(tmp_path / "theirs.json")
+    assert theirs.vocab_size == tok.vocab_size and theirs.encode(TEXT) == tok.encode(TEXT)
+
+
 def edit(path: Path, change):
     content = json.loads(path.read_text("utf-8"))
     change(content)
@@ -362,17 +440,35 @@ def change_tokenizer(folder: Path):
     data.save_tokenizer(folder / "tokenizer.json", [(b"q", b"u")])
 
 
-def foreign_token(folder: Path):  # consistent in every other way
+def foreign_token(folder: Path, max_id: int = 600):  # consistent in every other way
     (folder / "dev.bin").write_bytes(raw := np.array([1, 9, 600], np.uint16).tobytes())
-    edit(folder / "meta.json", lambda m: m["dev"].update(tokens=3, max_id=600, sha256=hashlib.sha256(raw).hexdigest()))
+    edit(folder / "meta.json", lambda m: m["dev"].update(
+        tokens=3, words=2, max_id=max_id, sha256=hashlib.sha256(raw).hexdigest()))
+
+
+def state(split: str | None = None, **values):
+    """Damage that has meta.json, or a split in it, state these values."""
+    return lambda folder: edit(folder / "meta.json", lambda meta: (meta[split] if split else meta).update(values))
 
 
 DAMAGE = {  # what is done to a good folder, what the one line must say
-    "cut short": (lambda f: os.truncate(f / "train.bin", (f / "train.bin").stat().st_size - 3), ["train.bin", "bytes"]),
-    "cut to nothing": (lambda f: os.truncate(f / "dev.bin", 0), ["dev.bin", " 0 bytes"]),
-    "too long": (lambda f: os.truncate(f / "dev.bin", 1000), ["dev.bin", " 1000 bytes"]),
+    "cut short": (lambda f: os.truncate(f / "train.bin", (f / "train.bin").stat().st_size - 3), ["train.bin", "tokens"]),
+    "cut to nothing": (lambda f: os.truncate(f / "dev.bin", 0), ["dev.bin", "tokens is 0"]),
+    "too long": (lambda f: os.truncate(f / "dev.bin", 1000), ["dev.bin", "tokens is 500"]),
     "altered": (flip_byte, ["train.bin", "sha256"]),
     "token beyond the vocabulary": (foreign_token, ["dev.bin", "600"]),
+    "token beyond the vocabulary, meta lies": (lambda f: foreign_token(f, 9), ["dev.bin", "max_id is 600, but 9"]),
+    "file elsewhere": (state("train", file="../../etc/passwd"), ["train.bin", "'../../etc/passwd'"]),
+    "file at the root": (state("dev", file="/dev/zero"), ["dev.bin", "'/dev/zero'"]),
+    "objects": (state("dev", dtype="O"), ["dev.bin", "dtype is uint16, but 'O'"]),
+    "wide tokens": (state("dev", dtype="uint32"), ["dev.bin", "dtype"]),
+    "negative tokens": (state("train", tokens=-9), ["train.bin", "-9"]),
+    "words of text": (state("train", words="many"), ["meta.json", "words 'many'"]),
+    "words without end": (state("train", words=10 ** 4000), ["meta.json", "words 1000"]),
+    "another format": (state(format=2), ["format is 1, but 2"]),
+    "vocabulary that the tokenizer has not": (state(vocab_size=10 ** 9), ["vocab_size is 262, but 1000000000"]),
+    "unknown boundary": (state(boundary="page"), ["meta.json", "boundary 'page'"]),
+    "nested deeply": (lambda f: (f / "meta.json").write_text("[" * 10 ** 5), ["meta.json", "RecursionError"]),
     "no token file": (lambda f: (f / "dev.bin").unlink(), ["dev.bin"]),
     "another tokenizer": (change_tokenizer, ["tokenizer.json", "prepare"]),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"model": '), ["tokenizer.json"]),
@@ -418,7 +514,8 @@ def test_command_line(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["corpus"]
     assert {path.name for path in (tmp_path / "deep" / "corpus").iterdir()} == FILES
     assert data.Corpus(tmp_path / "deep" / "corpus").vocab_size == 300
-    for args, said in [(["bad.txt", "--dev", "good.txt", "--out", "new"], ["bad.txt", "byte 6 "]),
+    for args, said in [(["bad.txt", "--dev", "good.txt", "--out", "new/and/nested"], ["bad.txt", "byte 6 "]),
+                       (["good.txt", "--dev", "good.txt", "--out", "new", "--vocab_size", "many"], ["--vocab_size"]),
                        (["good.txt", "--dev", "none.txt", "--out", "new"], ["none.txt"]),
                        (["good.txt", "--dev", "good.txt", "--out", "deep/corpus"], ["deep/corpus"]),
                        (["good.txt", "--dev", "good.txt", "--out", "new", "--tokenizer", "none.json"], ["none.json"])]:

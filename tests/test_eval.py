@@ -386,7 +386,8 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, make_run, capsys):
     assert "step_0000005.pt: step 5" in printed.out and "skipped" in printed.err and str(broken) in printed.err
     assert str(broken) in error(broken, "--task", tmp_path / "x.jsonl")
     (run / "step_0000005.pt").write_bytes(b"")
-    assert "step_0000005.pt" in error(run, "--task", tmp_path / "x.jsonl")
+    assert "holds no whole checkpoint" in error(run, "--task", tmp_path / "x.jsonl")
+    assert "step_0000005.pt: damaged" in capsys.readouterr().err
 
 
 def test_wrong_use_ends_in_one_line(tmp_path, make_run):
@@ -396,7 +397,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, make_run):
     for args, part in (
             ([run], "--task"),
             ([tmp_path / "none", "--task", task], "none: cannot be read"),
-            ([tmp_path / "nothing", "--task", task], "holds no checkpoint"),
+            ([tmp_path / "nothing", "--task", task], "holds no whole checkpoint"),
             ([run, "--task", tmp_path / "no.jsonl"], "no.jsonl: does not exist"),
             ([run, "--task", tmp_path / "nothing"], "0 .jsonl file"),
             ([run, "--task", comps, "--protocol", "2024"], "comps"),

@@ -472,8 +472,9 @@ def greedy(model: Transformer, tokens: torch.Tensor, n_new: int, block_size: int
     return ids[0, tokens.size(1):].tolist()
 
 
-def test_cache_in_pieces_equals_the_whole_row():
-    model, tokens = tiny("babyllama"), random_tokens(2, 9)
+@both
+def test_cache_in_pieces_equals_the_whole_row(backbone):
+    model, tokens = tiny(backbone), random_tokens(2, 9)
     cache = [[], []]
     parts = [model(tokens[:, a:b], causal=True, cache=cache) for a, b in ((0, 3), (3, 4), (4, 8), (8, 9))]
     assert_same(torch.cat(parts, dim=1), model(tokens, causal=True), 1e-12)

@@ -79,6 +79,24 @@ def test_rows_of_gpt_bert():
     assert Phase(24, (("CLM", 1), ("MNTP", 15))).rows(24) == [("CLM", 2), ("MNTP", 22)]  # 1.5 and 22.5
 
 
+@pytest.mark.parametrize("text", ["1_CLM", "1_CLM:MLM", "1_1CLM:15MNTP"])
+@pytest.mark.parametrize("batch_rows, micro_rows, world", [(16, 100, 1), (24, 5, 1), (24, 5, 2), (30, 7, 3), (16, 1, 4), (64, 64, 8)])
+def test_micro_batches_hold_every_row_once(text, batch_rows, micro_rows, world):
+    phase, = parse(text)
+    parts = phase.micro_batches(batch_rows, micro_rows, world)
+    assert sorted(row for _, _, rows in parts for row in rows if row >= 0) == list(range(batch_rows))
+    start = 0
+    for objective, count in phase.rows(batch_rows):
+        own = [(number, rows) for name, number, rows in parts if name == objective]
+        assert [number for number, _ in own] == list(range(len(own)))
+        assert {row for _, rows in own for row in rows} - {-1} == set(range(start, start + count))
+        assert len(own) % world == 0  # as many for every process
+        assert len({len(rows) for _, rows in own}) == 1 and len(own[0][1]) <= micro_rows
+        assert (len(own) - world) * micro_rows < count  # and no more than needed
+        start += count
+    assert {len(parts[rank::world]) for rank in range(world)} == {len(parts) // world}
+
+
 # ---------------------------------------------------------------------------------------- what a step number says
 
 
@@ -132,3 +150,26 @@ def test_schedule_needs_no_torch():
     code = "import sys, schedule; print(schedule.parse('1_CLM')[0], {'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "1_CLM set()\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- words
+
+
+def test_words_are_counted_with_repetition():
+    s = schedule("3_CLM+2_MLM", 7, words_per_epoch=100)
+    assert [s.words(steps) for steps in (0, 1, 7, 14, 35)] == [0, 14, 100, 200, 500]
+
+
+@pytest.mark.parametrize("words, steps_per_epoch", [(10_000_000, 389), (9_999_000, 400), (1_000_000, 3), (2_500_000, 1)])
+def test_each_mark_is_reached_once(words, steps_per_epoch):
+    """1M, 2M ... 10M, 20M ... 100M, as far as ten epochs go; a step that passes several reaches them all."""
+    s = schedule("10_CLM", steps_per_epoch, words_per_epoch=words)
+    reached = [step for step in range(s.steps) if s.reaches_mark(step)]
+    marks = [mark for mark in [*range(10 ** 6, 10 ** 7, 10 ** 6), *range(10 ** 7, 10 ** 8 + 1, 10 ** 7)] if mark <= 10 * words]
+    first = [next(step for step in range(s.steps) if s.words(step + 1) >= mark) for mark in marks]
+    assert reached == sorted(set(first))
+    assert (words * 10 in marks) == (s.steps - 1 in reached)
+
+
+def test_no_words_no_marks():
+    assert not any(schedule().reaches_mark(step) for step in range(100))

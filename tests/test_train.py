@@ -4,26 +4,48 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import config
+import data
 import train
-from model import ModelConfig, Transformer, checkpoints, load_checkpoint
+from model import ModelConfig, Transformer, checkpoints, digest, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_ff=48", "--block_size=16", "--batch_rows=24", "--lr=3e-3",
         "--log_every=1", "--eval_rows=16"]
+ANIMALS = "cat dog bird horse mouse".split()
 BOTH = "--schedule=1_CLM+1_MLM+1_CLM"
 
 
-def command(*args: str, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, "train.py", *args]
+def command(*args: str, processes: int = 1, torchrun: tuple = ("--standalone",)) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 or torchrun != ("--standalone",) else []), "train.py", *args]
+
+
+def start(*args: str, **launch) -> subprocess.Popen:
+    return subprocess.Popen(command(*args, **launch), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """Process ids of what a torchrun has started, in the order of their ranks."""
+    ids = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    rank = {int(i): dict(x.split("=", 1) for x in Path(f"/proc/{i}/environ").read_text().split("\0") if "=" in x) for i in ids}
+    return sorted(rank, key=lambda i: int(rank[i]["RANK"]))
+
+
+def until(process: subprocess.Popen, beginning: str):
+    """Wait for a line of a process's output."""
+    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
 
 
 def run(*args: str, processes: int = 1, code: int = 0) -> str:
@@ -32,6 +54,20 @@ def run(*args: str, processes: int = 1, code: int = 0) -> str:
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code else done.stdout
+
+
+def once(*args: str):
+    """Train in this process, without the seconds that an import of torch takes."""
+    train.train(config.load(train.Settings, [*args]))
+
+
+def refusal(*args: str) -> str:
+    """The error in which training ends in this process."""
+    try:
+        once(*args)
+    except train.TrainError as e:
+        return str(e)
+    pytest.fail("trained to the end")
 
 
 def interrupt(after_step: int, number: int, *args: str) -> str:
@@ -62,6 +98,14 @@ def losses(folder: Path) -> dict[int, dict]:
     return {e["step"]: e["loss"] for e in entries if "loss" in e}
 
 
+def assert_close_losses(one: Path, other: Path):
+    """The same steps, each with the same loss but for the order of additions."""
+    a, b = losses(one), losses(other)
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=1e-4), step
+
+
 @pytest.mark.parametrize("backbone, extra", [("babyllama", []), ("ltg_bert", ["--dropout=0.1", "--optimizer=lamb", "--n_bucket=8"])])
 def test_signal_and_resume_across_a_phase_switch_are_bit_exact(corpus, tmp_path, backbone, extra):
     """SIGTERM in the first phase, SIGINT in the second, dropout and accumulation on; the quick start's own schedule shape."""
@@ -85,24 +129,75 @@ def test_two_processes_do_what_one_does(corpus, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(*args, f"--out_dir={one}")
     run(*args, f"--out_dir={two}", processes=2)
-    a, b = losses(one), losses(two)
-    assert a.keys() == b.keys()
-    for step in a:
-        assert a[step] == pytest.approx(b[step], abs=1e-4), step
+    assert_close_losses(one, two)
     middle = checkpoints(two)[1]
     for path in checkpoints(two)[:1]:
         path.unlink()
     said = run(*args, f"--out_dir={two}", "--resume")
     assert f"resumed after step {int(middle.stem[5:])}" in said
-    assert losses(two)[max(a)] == pytest.approx(a[max(a)], abs=1e-4)
+    assert_close_losses(one, two)
+
+
+def test_one_process_goes_on_as_two_nodes(corpus, tmp_path):
+    """Two torchrun on this machine meet at an address and a port, as two machines would; hybrid and pure phases."""
+    args = [*TINY, "--schedule=1_CLM:MLM+1_CLM+1_MNTP", f"--corpus={corpus}", "--backbone=ltg_bert", "--n_bucket=8", "--micro_rows=5"]
+    whole, folder = tmp_path / "whole", tmp_path / "cut"
+    for out_dir in (whole, folder):
+        once(*args, f"--out_dir={out_dir}")
+    for path in checkpoints(folder)[:2]:
+        path.unlink()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    meet = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7", "--local_addr=127.0.0.1")
+    nodes = [start(*args, f"--out_dir={folder}", "--resume", torchrun=meet) for _ in range(2)]
+    said = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    printed = said[0][0] + said[1][0]
+    assert "2 process(es)" in printed and f"resumed after step {int(checkpoints(whole)[2].stem[5:])}\n" in printed
+    assert_close_losses(whole, folder)
+
+
+def test_killed_processes_are_started_again_by_torchrun(corpus, tmp_path):
+    """One of two dies: torchrun starts both again, and they resume without being told to. The other dies: all end."""
+    args = [*TINY, "--schedule=9_CLM+1_MLM", f"--corpus={corpus}", "--save_every=3", "--micro_rows=5"]
+    process = start(*args, f"--out_dir={tmp_path / 'killed'}", processes=2, torchrun=("--standalone", "--max-restarts=1"))
+    until(process, "step 4/")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    until(process, f"{tmp_path / 'killed'}: started again by torchrun")
+    until(process, f"run {tmp_path / 'killed'}, resumed after step ")
+    until(process, "step ")
+    os.kill(workers(process)[0], signal.SIGKILL)
+    began = time.time()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and time.time() - began < 20
+    assert "process 0: lost contact" in error and "SIGKILL" in error
+    once(*args, f"--out_dir={tmp_path / 'killed'}", "--resume")
+    once(*args, f"--out_dir={tmp_path / 'whole'}")
+    assert_close_losses(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_an_error_of_one_process_ends_all_and_is_said_once(corpus, tmp_path):
+    args = [*TINY, "--schedule=9_CLM", f"--corpus={corpus}", f"--out_dir={tmp_path / 'run'}"]
+    process = start(*args, processes=2)
+    until(process, "step 2/")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")  # process 0 writes there, process 1 does not
+    began = time.time()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and time.time() - began < 20
+    said = re.findall("^train.py: .*", error, re.M)
+    assert len(said) == 1 and "No such file" in said[0], error
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    (tmp_path / "run" / "step_0000001.pt").touch()
+    error = run(*args, processes=2, code=1)
+    assert len(re.findall("^train.py: .*holds a run already", error, re.M)) == 1, error
 
 
 def test_accumulation_changes_no_result(corpus, tmp_path):
     settings = [*TINY, "--schedule=1_MLM", f"--corpus={corpus}"]
     for rows in (24, 5):
-        train.train(config.load(train.Settings, [*settings, f"--micro_rows={rows}", f"--out_dir={tmp_path / str(rows)}"]))
-    a, b = losses(tmp_path / "24"), losses(tmp_path / "5")
-    assert all(a[step] == pytest.approx(b[step], abs=1e-4) for step in a)
+        once(*settings, f"--micro_rows={rows}", f"--out_dir={tmp_path / str(rows)}")
+    assert_close_losses(tmp_path / "24", tmp_path / "5")
 
 
 def test_it_learns_and_the_folder_says_how(corpus, tmp_path):
@@ -122,7 +217,7 @@ def test_it_learns_and_the_folder_says_how(corpus, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_optimizers_learn(corpus, tmp_path, optimizer):
-    train.train(config.load(train.Settings, [*TINY, "--schedule=4_CLM", f"--corpus={corpus}", f"--out_dir={tmp_path}", f"--optimizer={optimizer}", "--lr=1e-2"]))
+    once(*TINY, "--schedule=4_CLM", f"--corpus={corpus}", f"--out_dir={tmp_path}", f"--optimizer={optimizer}", "--lr=1e-2")
     seen = [loss["CLM"] for loss in losses(tmp_path).values()]
     assert sum(seen[-5:]) < 0.9 * sum(seen[:5])
 
@@ -160,14 +255,15 @@ def test_embeddings_biases_and_norms_do_not_decay(optimizer):
 
 def test_bad_starts_end_in_one_line(corpus, tmp_path):
     args = [*TINY, "--schedule=1_CLM", f"--corpus={corpus}", f"--out_dir={tmp_path / 'run'}"]
-    run(*args)
+    once(*args)
     newest = checkpoints(tmp_path / "run")[0]
     for extra, expected in (
             ([], ["--resume", str(tmp_path / "run")]),
             (["--resume", "--lr=1e-3"], ["lr=", newest.name]),
-            (["--resume", "--schedule=2_CLM"], ["schedule", newest.name]),
-            (["--corpus=nowhere"], ["nowhere", "data.py"]),
-            (["--block_size=100000"], ["100000", "block_size"])):
+            (["--resume", "--schedule=2_CLM"], ["schedule", newest.name])):
+        error = refusal(*args, *extra)
+        assert "\n" not in error and all(word in error for word in expected), error
+    for extra, expected in ((["--corpus=nowhere"], ["nowhere", "data.py"]), (["--block_size=100000"], ["100000", "block_size"])):
         error = run(*args, *extra, code=1)
         assert error.count("\n") == 1 and error.startswith("train.py: ") and all(word in error for word in expected), error
 
@@ -189,7 +285,136 @@ def test_a_damaged_checkpoint_is_named_and_skipped(corpus, tmp_path):
     assert error.count("\n") == 1 and "whole" in error
 
 
+# ------------------------------------------------------------------------------------------- numbers that go wrong
+
+
+@pytest.mark.parametrize("optimizer, device", [("adamw", "cpu"), ("adamw", "mps"), ("lamb", "cpu"), ("muon", "cpu"), ("muon", "mps")])
+def test_a_gradient_that_is_not_finite_changes_no_weight(optimizer, device):
+    """A bad first step, too; fused AdamW and the steps after it do not even notice that it was there."""
+    def updates(bad: tuple) -> list:
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig("ltg_bert", 300, 1, 2, 32, 48, n_bucket=8))
+        optimizers = train.make_optimizers(model, train.Settings(optimizer=optimizer), torch.device(device))  # mps: not fused
+        seen = [[p.detach().clone() for p in model.parameters()]]
+        for good in range(3):
+            for wrong in bad:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, wrong)
+                train.update(optimizers, 0.1, torch.tensor(wrong))
+                torch.testing.assert_close([p.detach() for p in model.parameters()], seen[-1], rtol=0, atol=0)
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * good + i))
+            train.update(optimizers, 0.1, torch.tensor(1.0))
+            seen.append([p.detach().clone() for p in model.parameters()])
+            assert all(p.isfinite().all() for p in seen[-1]) and not any(torch.equal(a, b) for a, b in zip(seen[-2], seen[-1]))
+        return seen
+
+    with_bad, without = updates((float("nan"), float("inf"))), updates(())
+    if (optimizer, device) == ("adamw", "cpu"):
+        torch.testing.assert_close(with_bad, without, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: where the device decides, nothing may wait for it")
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
+def test_an_update_does_not_wait_for_the_gpu(optimizer):
+    model = Transformer(ModelConfig("ltg_bert", 300, 1, 2, 32, 48, n_bucket=8)).cuda()
+    optimizers = train.make_optimizers(model, train.Settings(optimizer=optimizer), torch.device("cuda"))
+    start = [p.detach().clone() for p in model.parameters()]
+    for value in (float("nan"), 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        norm = torch.tensor(value, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train.update(optimizers, 0.1, norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), start)]
+        assert all(changed) if value == 1.0 else not any(changed)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(corpus, tmp_path):
     error = run(*TINY, "--schedule=1_CLM", f"--corpus={corpus}", f"--out_dir={tmp_path}", "--lr=1e30", "--clip=0", "--save_every=1", code=1)
     assert "not finite" in error and error.count("\n") == 1
     assert all(torch.isfinite(w).all() for path in checkpoints(tmp_path) for w in load_checkpoint(path)["model"].values())
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_remembered(corpus, tmp_path):
+    """Step 1 throws the weights far off, every step after it overflows: all are skipped, so step 1's weights stay."""
+    args = [*TINY, "--schedule=1_CLM+1_MLM", f"--corpus={corpus}", f"--out_dir={tmp_path}", "--lr=1e30", "--clip=0",
+            "--save_every=1", "--keep=9", "--micro_rows=10", "--warmup=0"]
+    error = refusal(*args)
+    assert "step 2: gradient norm" in error and "not finite" in error and "--skip_nonfinite" in error
+    assert [load_checkpoint(path)["step"] for path in checkpoints(tmp_path)] == [1]
+    one = load_checkpoint(checkpoints(tmp_path)[0])
+
+    for allowed, log_every in ((2, 1), (5, 50)):  # the host looks late, the weights are safe all the same
+        error = refusal(*args, "--resume", f"--skip_nonfinite={allowed}", f"--log_every={log_every}")
+        assert f"step {allowed + 2}: gradient norm" in error and "\n" not in error
+        newest = load_checkpoint(checkpoints(tmp_path)[0])
+        assert (newest["step"], newest["skipped"]) == (allowed + 1, allowed)
+        torch.testing.assert_close(newest["model"], one["model"], rtol=0, atol=0)
+        torch.testing.assert_close(newest["optimizer"][0]["state"], one["optimizer"][0]["state"], rtol=0, atol=0)
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["skipped"]) for e in entries[:3]] == [(1, 0), (2, 1), (3, 2)]
+    assert entries[1]["grad_norm"] is None and entries[1]["loss"] == {}
+
+
+def test_the_rows_of_a_loss_that_is_not_finite_are_named(tmp_path):
+    """An infinite loss whose gradient would be finite: the letter z, in one line of the text, cannot be predicted."""
+    lines = [f"The {a} sees the {b} that the {c} hears." for a in ANIMALS for b in ANIMALS for c in ANIMALS]
+    (tmp_path / "text.train").write_text("\n".join([*lines, "The zebra sees the cat.", *lines]))
+    (tmp_path / "text.dev").write_text("\n".join(lines))
+    data.prepare([str(tmp_path / "text.train")], [str(tmp_path / "text.dev")], str(tmp_path / "corpus"), 280)
+    corpus = data.Corpus(str(tmp_path / "corpus"))
+    z, = corpus.tokenizer.encode("z")
+    args = [*TINY, "--schedule=2_CLM", f"--corpus={corpus.folder}", f"--out_dir={tmp_path / 'run'}", "--backbone=ltg_bert",
+            "--n_bucket=8", "--micro_rows=1", "--eval_rows=8"]
+    once(*args, "--save_every=1", "--keep=999")
+    for path in checkpoints(tmp_path / "run")[:-1]:
+        path.unlink()
+    path, = checkpoints(tmp_path / "run")
+    content = load_checkpoint(path)
+    content["model"]["head.vocab.bias"][z] = -float("inf")
+    torch.save(content | {"sha256": digest(content)}, path)
+
+    batches = data.Batches(corpus.train, corpus.vocab_size, 16, 24, 1, 3)
+    expected = []
+    for step in range(1, 2 * batches.steps_per_epoch):
+        targets = batches.batch("CLM", *divmod(step, batches.steps_per_epoch), np.arange(24), 0)[1]
+        if rows := sorted({int(row) for row, _ in np.argwhere(targets == z)}):
+            expected.append((step + 1, rows))
+    assert expected
+    assert f"step {expected[0][0]}: " in refusal(*args, "--resume")
+    said = run(*args, "--resume", "--skip_nonfinite=9", processes=2)
+    found = [(int(step), [int(row) for row in re.findall(r"CLM rows (\d+) to \1", rows)])
+             for step, rows in re.findall(r"^step (\d+): gradient norm \w+ is not finite, nor the loss of (.*); skipped$", said, re.M)]
+    assert found == expected
+    assert f"skipped {len(expected)}  lr" in said
+    end = load_checkpoint(checkpoints(tmp_path / "run")[0])
+    assert end["skipped"] == len(expected)
+    assert all(w.isfinite().all() for name, w in end["model"].items() if name != "head.vocab.bias")
+
+
+# --------------------------------------------------------------------------------------------------- BabyLM rules
+
+
+def test_babylm_rules(tmp_path):
+    """A checkpoint of the first step that reaches each million words stays; words are seen words, with repetition."""
+    lines = ["the cat sees a dog and the dog sees a cat .\n" * 4, "a bird hears the child .\n" * 8]
+    (tmp_path / "text.train").write_text("".join(lines) * 13000)
+    (tmp_path / "text.dev").write_text("".join(lines))
+    words = data.prepare([str(tmp_path / "text.train")], [str(tmp_path / "text.dev")], str(tmp_path / "corpus"), 280)["train"]["words"]
+    assert words == 13000 * (4 * 12 + 8 * 6)
+    args = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--n_ff=8", "--batch_rows=2000", "--micro_rows=500", "--schedule=2_MLM",
+            "--mask_start=0.01", "--mask_end=0.01", "--log_every=1", "--save_every=1", "--keep=1", "--eval_rows=8",
+            f"--corpus={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'run'}", "--babylm_rules"]
+    once(*args)
+    seen = {e["step"]: e["words"] for e in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())}
+    kept = {c["step"]: c["words"] for c in map(load_checkpoint, checkpoints(tmp_path / "run"))}
+    assert max(seen.values()) == 2 * words and len(seen) > 6
+    first = [min(step for step in seen if seen[step] >= mark) for mark in (1_000_000, 2_000_000)]
+    assert kept == {step: seen[step] for step in (*first, max(seen))}
+    with pytest.raises(config.ConfigError, match="schedule = '4_CLM.16_MLM.4_CLM' has more than the 10 epochs"):
+        config.load(train.Settings, ["config/babyllama.py", "--babylm_rules"])
+    assert config.load(train.Settings, ["--schedule=2_CLM+6_MLM+2_CLM", "--babylm_rules"]).babylm_rules
