@@ -19,14 +19,14 @@ import numpy as np
 import tiktoken
 import torch
 
-from data import END, MASK, PAD, SPECIAL, START, DataError, Progress, Tokenizer
-from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest
+from data import BOUNDARIES, END, MASK, PAD, SPECIAL, START, DataError, Progress, Tokenizer
+from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest, write_whole
 from schedule import parse
 
 MODES = {"CLM": "causal", "MLM": "masked", "MNTP": "mntp"}  # how to ask a model that was trained with an objective
 
 
-class EvalError(Exception):
+class EvalError(DataError):
     """One line for the user: which file, where, what was expected, what to do."""
 
 
@@ -274,18 +274,18 @@ def score(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: st
     EvalError that starts with the text's name (names, one a text) where no token is to be scored or a score is not
     finite.
     """
-    targets = [row[start:] if mode == "causal" else row[start:][row[start:] >= len(SPECIAL)] for row, start in zip(ids, first)]
-    count, read = np.array([len(x) for x in targets]), np.zeros(len(ids), int)
+    low = 0 if mode == "causal" else len(SPECIAL)
+    count, read = np.array([(row[start:] >= low).sum() for row, start in zip(ids, first)]), 0
     if not count.all():
         raise EvalError(f"{names[count.argmin()]}: a target without a token to score in {mode} mode")
     total, progress = np.zeros(len(ids)), Progress(f"scoring, {mode}", count.sum())
-    for text, values in (read_causal if mode == "causal" else read_masked)(model, ids, first, mode, batch_tokens, dtype):
+    reader = read_causal if mode == "causal" else read_masked
+    for text, values in reader(model, ids, first, mode, batch_tokens, dtype):
         if not np.isfinite(values).all():
             name = names[text[~np.isfinite(values)][0]]
             raise EvalError(f"{name}: score in {mode} mode is not finite; broken weights, or overflow of {dtype}")
         np.add.at(total, text, values)
-        np.add.at(read, text, 1)
-        progress(read.sum())
+        progress(read := read + len(values))
     return total / count if mean else total
 
 
@@ -343,7 +343,7 @@ def load_run(path: str, device: str):
             raise EvalError(f"{file.parent}/tokenizer.json: not the one that {file.name} was trained with (sha256)")
         parse(content["settings"]["schedule"])
         numbers = content["step"], content["settings"]["block_size"]
-        if any(type(n) is not int or n < 1 for n in numbers) or content["boundary"] not in ("line", "document", "none"):
+        if any(type(n) is not int or n < 1 for n in numbers) or content["boundary"] not in BOUNDARIES:
             raise ValueError("step, block_size or boundary")
         return file, content, load_model(content, device, file), tokenizer
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
@@ -389,9 +389,7 @@ def fingerprint(items: list[Item]) -> str:
 def write_result(path: Path, whole: dict):
     """Write a result file, one line for each of its keys; it appears whole or not at all."""
     lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in whole.items())
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, lambda f: f.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))
 
 
 def read_result(path: Path) -> dict:
@@ -445,13 +443,11 @@ def evaluate(args):
             print("note: this model never learnt to predict the next token, its samples mean little")
     if not items:
         return
-
     modes = list(dict.fromkeys(args.mode or [mode for mode in MODES.values() if mode in trained]))
     out = Path(args.out or path.parent / result_name(args, content["step"]))
     if not out.parent.is_dir() or out.is_dir():
         raise EvalError(f"{out}: cannot be written; --out is a file in a folder that exists")
-    args.batch_tokens = args.batch_tokens or (2048 if device == "cpu" else 16384)
-    began = time.time()
+    began, args.batch_tokens = time.time(), args.batch_tokens or (2048 if device == "cpu" else 16384)
     results = score_tasks(items, model, content, tokenizer, modes, args)
     for task, result in results.items():
         print(f"\n{table(task, result, modes)}")
@@ -490,9 +486,11 @@ def main(argv: list[str] | None = None):
     add("--seed", type=int, default=1)
     try:
         evaluate(parser.parse_args(argv))
-    except torch.OutOfMemoryError:
-        sys.exit("eval.py: the device's memory is full; choose a smaller --batch_tokens")
-    except (EvalError, DataError, CheckpointError, OSError) as e:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        sys.exit("eval.py: the memory is full; choose a smaller --batch_tokens, or a task of shorter texts")
+    except (DataError, CheckpointError, OSError) as e:
         sys.exit(f"eval.py: {e}")
 
 

@@ -130,9 +130,9 @@ def read_split(path: Path, task: str, s: Settings, tokenizer: Tokenizer, boundar
                 raise EvalError(f"{where}: {task} needs a label and the texts {', '.join(fields)}; {name!r} is "
                                 + ("missing" if name not in record else "no text"))
         label = record.get("label")
-        if type(label) is not int or classes and label not in classes:
+        if type(label) is not int or label < 0 or classes and label not in classes:
             raise EvalError(f"{where}: label is {ascii(label)[:40]}, not "
-                            + (f"one of the train file's {classes}" if classes else "a whole number"))
+                            + (f"one of the train file's {classes}" if classes else "a whole number from 0 on"))
         pair = []
         for text in (template.format(**record) for template in templates):
             if text not in known:  # a paragraph of multirc stands in many lines
@@ -390,7 +390,7 @@ def main(argv: list[str]):
                  for name in names}
         causal = [is_causal and layer not in own.n_open for layer in range(n_layer)]
         for seed in seeds:
-            results = finetune(load_model(content, device), train, valid, causal, own.pool, own, int(seed))
+            results = finetune(load_model(content, device, path), train, valid, causal, own.pool, own, int(seed))
             for name, entry in zip(names, stored):
                 entry["seeds"][seed] = results[name]
             write_result(out, whole)
@@ -409,5 +409,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except torch.OutOfMemoryError:
         sys.exit("finetune.py: the device's memory is full; choose a smaller --batch_rows")
-    except (EvalError, config.ConfigError, DataError, CheckpointError, OSError) as e:
+    except (config.ConfigError, DataError, CheckpointError, OSError) as e:
         sys.exit(f"finetune.py: {e}")

@@ -10,6 +10,8 @@ In comments and docstrings: B rows, T tokens a row, D n_embd, H heads, d = D / H
 import hashlib
 import math
 import os
+import pickle
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,17 +38,18 @@ class ModelConfig:
     max_position: int = 512  # LTG-BERT: distances from here on share the last bucket
 
     def __post_init__(self):
+        for name, kind in self.__annotations__.items():
+            x = getattr(self, name)
+            if type(x) is not kind and (kind, type(x)) != (float, int) or kind is int and x < 1:
+                raise ValueError(f"{name} must be of type {kind.__name__}{' and at least 1' * (kind is int)}, not {x!r}")
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ff", "n_bucket", "max_position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head must divide n_embd: {self.n_embd} / {self.n_head} is not whole")
         if self.backbone == "babyllama" and self.n_embd // self.n_head % 2:
             raise ValueError(f"n_head: rotary embedding needs an even head size, n_embd / n_head is {self.n_embd // self.n_head}")
-        if self.backbone == "ltg_bert" and not 1 < self.n_bucket < self.max_position:
-            raise ValueError(f"n_bucket must lie between 2 and max_position - 1, not {self.n_bucket}")
+        if not 1 < self.n_bucket < self.max_position <= 1 << 20:
+            raise ValueError(f"n_bucket {self.n_bucket} must lie in [2, max_position), {self.max_position=} below {1 << 20}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
@@ -143,7 +146,7 @@ class LlamaHead(nn.Module):
             self.vocab.weight = embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.vocab(self.norm(x))
+        return self.norm(x)
 
 
 def init_llama(model: "Transformer"):
@@ -240,7 +243,7 @@ class LTGHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = bare_norm(F.gelu(self.dense(bare_norm(x))))
-        return self.vocab(F.dropout(x, self.dropout, self.training))
+        return F.dropout(x, self.dropout, self.training)
 
 
 def init_ltg(model: "Transformer"):
@@ -256,6 +259,45 @@ def init_ltg(model: "Transformer"):
 
 
 # -------------------------------------------------------------------------------------------- the skeleton
+
+
+class VocabularyLoss(torch.autograd.Function):
+    """Summed cross-entropy in nats of vocabulary logits that never stand in memory at once.
+
+    Every chunk of rows leaves its gradients behind in the forward pass, for each is linear in that of the loss, and
+    nothing is computed twice. torch's linear_cross_entropy does the same, but breaks a compiled graph (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """x (N, D), weight (V, D), bias (V,) or None, targets (N,), of which IGNORE is not scored -> a scalar."""
+        device, wanted, rows = x.device.type, any(ctx.needs_input_grad), max(512, -(-len(x) // 8))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(device, enabled=False):
+            h, w = x.to(dtype), weight.to(dtype)
+            loss, dx, dw = x.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
+            db = None if bias is None else torch.zeros_like(bias)
+            for h_c, t in zip(h.split(rows), targets.split(rows)):
+                logits = F.linear(h_c, w, None if bias is None else bias.to(dtype)).to(wide)
+                scored, t = (t != IGNORE)[:, None], t.clamp(min=0)[:, None]
+                total = logits.logsumexp(-1, keepdim=True)
+                loss = loss + ((total - logits.gather(1, t)) * scored).sum()
+                if wanted:  # softmax - one-hot
+                    gradient = (logits - total).exp_().scatter_add_(1, t, torch.full_like(total, -1)).mul_(scored)
+                    db = None if bias is None else db + gradient.sum(0)
+                    gradient = gradient.to(dtype)
+                    dx.append(gradient @ w)
+                    dw += gradient.T @ h_c
+        if wanted:
+            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw, db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        dx, dw, db = ctx.saved_tensors
+        return dx * scale, dw * scale, None if db is None else db * scale, None
+
 
 BACKBONES = {  # name: what embeds tokens, what each layer does, what gives logits, how weights start
     "babyllama": (LlamaEmbedding, LlamaBlock, LlamaHead, init_llama),
@@ -291,22 +333,11 @@ class Transformer(nn.Module):
         if scored is not None:
             x = x.gather(1, scored[..., None].expand(-1, -1, x.size(-1)))
             targets = None if targets is None else targets.gather(1, scored)
-        logits = self.head(x)
+        x, vocab = self.head(x), self.head.vocab
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            return vocab(x)
+        loss = VocabularyLoss.apply(x.flatten(0, 1), vocab.weight, vocab.bias, targets.flatten())
         return loss, (targets != IGNORE).sum()
-
-    def flops_per_token(self, T: int, scored: float = 1.0) -> float:
-        """Floating-point operations of a forward and backward pass per token, a multiply-add counted as two.
-
-        6 per weight of a matrix and token (2 forward, 4 backward), 12 T D per layer for q.k and probabilities.v
-        (PaLM, Chowdhery et al. 2022, appendix B). scored: the share of positions that pass through the head.
-        """
-        c = self.config
-        head = sum(m.weight.numel() for m in self.head.modules() if isinstance(m, nn.Linear))
-        blocks = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
-        return 6 * (blocks + scored * head) + 12 * c.n_layer * T * c.n_embd
 
 
 @torch.inference_mode()
@@ -320,10 +351,9 @@ def generate(model: Transformer, tokens: Tensor, n_new: int, *, block_size: int,
     """
     new, ids, cache = [], tokens, [[] for _ in model.blocks]
     for _ in range(n_new):
-        if ids.size(1) <= block_size:
-            logits = model(ids[:, -1:] if cache[0] else ids, causal=True, cache=cache)[0, -1].float()
-        else:
-            logits = model(ids[:, -block_size:], causal=True)[0, -1].float()
+        fits = ids.size(1) <= block_size
+        x = ids[:, -1:] if fits and cache[0] else ids[:, -block_size:]
+        logits = model(x, causal=True, cache=cache if fits else None)[0, -1].float()
         logits[list(forbidden)] = float("-inf")
         if top_k:
             logits[logits < logits.topk(min(top_k, logits.numel())).values[-1]] = float("-inf")
@@ -345,11 +375,18 @@ class CheckpointError(Exception):
     """One line for the user: which file, what is wrong with it, what to do."""
 
 
-def digest(content) -> str:
-    """SHA-256 over plain data and the bytes of every tensor in it, so that one flipped bit shows."""
-    h = hashlib.sha256()
+def digest(content, most: float = math.inf) -> str:
+    """SHA-256 over plain data and the bytes of every tensor in it, so that one flipped bit shows.
+
+    Raises ValueError beyond `most` values and bytes: lists in lists and views can claim any number of them.
+    """
+    h, left = hashlib.sha256(), most
 
     def walk(x):
+        nonlocal left
+        left -= 1 + (x.numel() * x.element_size() if isinstance(x, Tensor) else 0)
+        if left < 0:
+            raise ValueError("claims more than the file holds")
         h.update(type(x).__name__.replace("OrderedDict", "dict").encode())
         if isinstance(x, Tensor):
             h.update(f"{x.dtype}{tuple(x.shape)}{'grad' * x.requires_grad}".encode())
@@ -401,10 +438,17 @@ def save_checkpoint(path: Path, model: Transformer, **content):
 def load_checkpoint(path: Path, device: str = "cpu") -> dict:
     """Content of a checkpoint as plain data, its checksum verified; raises CheckpointError. No code in it is run."""
     try:
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as z:  # torch.load would unpack a record of a thousand times its size
+            if sum(record.file_size for record in z.infolist()) > size:
+                raise ValueError("claims more than the file holds")
         content = torch.load(path, map_location=device, weights_only=True)
-        whole = isinstance(content, dict) and content.pop("sha256", None) == digest(content)
+        # A tied embedding is there once and counted twice.
+        whole = isinstance(content, dict) and content.pop("sha256", None) == digest(content, most=2 * size)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path}: damaged, or holds code or objects where plain data was expected; not loaded") from None
     except Exception as e:  # torch.load raises whatever a damaged file makes it run into
         first = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of train.py ({first})") from None
@@ -415,7 +459,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run folder, newest first."""
-    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdigit()), key=lambda f: int(f.stem[5:]), reverse=True)
+    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdecimal()),
+                  key=lambda f: int(f.stem[5:]), reverse=True)
 
 
 def load_newest(run: Path, say=print) -> tuple[Path | None, dict | None]:
@@ -436,27 +481,17 @@ def load_model(content: dict, device: str = "cpu", name: str | Path = "checkpoin
     """
     try:
         config, weights = content["config"], content["model"]
-        for key, value in config.items():
-            default = getattr(ModelConfig, key)
-            if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-                raise ValueError(f"{key} must be of type {type(default).__name__}, not {type(value).__name__}")
-        if (c := ModelConfig(**config)).max_position > 1 << 20:
-            raise ValueError(f"max_position {c.max_position} is beyond {1 << 20}")
-        with torch.device("meta"):  # a model of one layer, without memory
-            one = Transformer(ModelConfig(**config | {"n_layer": 1}))
+        c, n = ModelConfig(**config), sum(w.numel() for w in weights.values())
+        if c.n_embd * max(c.vocab_size, c.n_embd, c.n_ff) > n:
+            raise ValueError(f"claims larger matrices than its {n:,} weights")
+        one = Transformer(ModelConfig(**config | {"n_layer": 1}))
         expected, block = dict(one.state_dict()), dict(one.blocks[0].state_dict())
         if len(weights) != len(expected) + (c.n_layer - 1) * len(block):
             raise ValueError(f"{len(weights)} weights are not those of {c.n_layer} layers")
         expected |= {f"blocks.{i}.{key}": p for i in range(1, c.n_layer) for key, p in block.items()}
         for key, p in expected.items():
-            w = weights[key]
-            if not (w.layout == torch.strided and w.is_floating_point() and w.shape == p.shape):
+            if weights[key].shape != p.shape or not weights[key].is_floating_point():
                 raise ValueError(f"{key} must hold floating-point numbers of shape {tuple(p.shape)}")
-            if w.untyped_storage().nbytes() < w.numel() * w.element_size():
-                raise ValueError(f"{key} claims more numbers than there are")
-        n_tensors = len(list(one.parameters())) + (c.n_layer - 1) * len(block)
-        if len({w.untyped_storage().data_ptr() for w in weights.values()}) < n_tensors:
-            raise ValueError("weights share their numbers")
         model = Transformer(c)
         model.load_state_dict(weights)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as e:

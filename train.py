@@ -2,7 +2,6 @@
 
     python train.py config/quickstart.py                                 # one process, CPU or GPU
     torchrun --standalone --nproc_per_node=8 train.py config/babyllama.py    # one node
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/ltg_bert.py
     python train.py config/babyllama.py --schedule=24_CLM --out_dir=runs/clm     # any setting below can be a flag
     python train.py config/babyllama.py --resume                         # go on from the newest checkpoint
 """
@@ -183,9 +182,7 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, (beta1, beta2) = [p for p in group["params"] if p.grad is not None], group["betas"]
-            if not params:
-                continue
+            params, (beta1, beta2) = group["params"], group["betas"]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -277,7 +274,8 @@ def open_run(run: Path, s: Settings, corpus: Corpus, p: Processes):
             if theirs[name] != ours[name]:
                 raise TrainError(f"{path}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
                                  "a changed setting needs a new --out_dir")
-        if content["tokenizer_sha256"] != corpus.tokenizer.sha256 or content["tokens_sha256"] != corpus.meta["train"]["sha256"]:
+        ours = corpus.tokenizer.sha256, corpus.meta["train"]["sha256"]
+        if (content["tokenizer_sha256"], content["tokens_sha256"]) != ours:
             raise TrainError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
     elif path:
         raise TrainError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --out_dir")
@@ -336,13 +334,15 @@ def train(s: Settings):
     judged = [name for name in OBJECTIVES if name in ("CLM", "MLM") or any(name in dict(x.mix) for x in schedule.phases)]
 
     torch.manual_seed(s.seed)
-    lock, path, content = open_run(run, s, corpus, p)  # the lock lasts until train returns
-    model = load_model(content, name=path) if content else Transformer(s.model_config(corpus.vocab_size))
-    model = model.to(p.device).train()
-    optimizers = make_optimizers(model, s, p.device)
-    first, skipped = (content["step"], content.get("skipped", 0)) if content else (0, 0)
-    for optimizer, state in zip(optimizers, content["optimizer"] if content else ()):
-        optimizer.load_state_dict(state)
+    try:
+        lock, path, content = open_run(run, s, corpus, p)  # the lock lasts until train returns
+        model = load_model(content, name=path) if content else Transformer(s.model_config(corpus.vocab_size))
+        optimizers = make_optimizers(model.to(p.device).train(), s, p.device)
+        first, skipped = (content["step"], content.get("skipped", 0)) if content else (0, 0)
+        for optimizer, state in zip(optimizers, content["optimizer"] if content else ()):
+            optimizer.load_state_dict(state)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:  # of a checkpoint that somebody else has made
+        raise TrainError(f"{run}: its newest checkpoint is not one of this train.py ({type(e).__name__}: {e})") from None
     del content
     if p.sum(first)[0] != first * p.world:
         raise TrainError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
@@ -424,8 +424,7 @@ def train(s: Settings):
         if halt:  # checked before the step, so that all processes stop at the same one
             break
         # A mix weighs each objective's mean by its share of rows (GPT-BERT); alone, it is the mean over scored tokens.
-        weight = {objective: n / s.batch_rows / max(1, count) for (objective, n), count in zip(shares, totals)}
-        losses = []
+        weight, losses = {name: n / s.batch_rows / max(1, count) for (name, n), count in zip(shares, totals)}, []
         for (objective, number, _), arrays in zip(mine, micro):
             tokens, targets, scored = to_device(arrays, p.device)
             # Dropout, too, is a function of position.
@@ -437,8 +436,7 @@ def train(s: Settings):
                 # and with them the norm, which is the same in all processes: so they agree on what to skip.
                 (loss * (weight[objective] * p.world + 0 * loss.detach())).backward()
             losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or float("inf"))
-        lr = schedule.learning_rate(step)
+        norm, lr = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or float("inf")), schedule.learning_rate(step)
         update(optimizers, lr, norm)
         pending.append((step + 1, parts, counts, torch.stack((norm, *losses))))
         tokens_seen += s.batch_rows * s.block_size
@@ -489,6 +487,8 @@ if __name__ == "__main__":
         sys.exit()
     except (config.ConfigError, DataError, CheckpointError, TrainError) as e:
         line = e
+    except KeyboardInterrupt:  # while it starts; from the first step on signals are handled
+        sys.exit(130)
     except OSError as e:
         line = f"{e.filename or s.out_dir}: {e.strerror}; finished checkpoints are whole: mend this, then go on with --resume"
     except RuntimeError as e:

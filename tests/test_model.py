@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import config
 import train
-from model import (IGNORE, CheckpointError, ModelConfig, Transformer, attend, checkpoints, digest, generate,
-                   load_checkpoint, load_model, position_buckets, save_checkpoint, skew)
+from model import (IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest,
+                   generate, load_checkpoint, load_model, position_buckets, save_checkpoint, skew)
 
 HERE = Path(__file__).parent
 BACKBONES = ("babyllama", "ltg_bert")
@@ -241,17 +241,6 @@ def test_parameters_of_the_published_sizes(name, vocab_size, expected, published
     assert published is None or f"{n / 1e6:.1f}" == published
 
 
-@pytest.mark.parametrize("backbone, matrices, head", [
-    ("babyllama", 2 * (3 * 64 + 64 + 2 * 96 + 96), 11 * 8),  # qkv, out, gate_up, down; vocab
-    ("ltg_bert", 2 * (2 * 64 + 64 + 64 + 2 * 96 + 96), 64 + 11 * 8),  # qk, v, out, up_gate, down; dense, vocab
-])
-def test_flops_per_token(backbone, matrices, head):
-    model = Transformer(ModelConfig(backbone, vocab_size=11, n_layer=2, n_head=2, n_embd=8, n_ff=12))
-    attention = 3 * 2 * 2 * (5 * 8) * 2  # forward and twice backward, multiply and add, q.k and p.v, T D, layers
-    assert model.flops_per_token(5) == 6 * (matrices + head) + attention
-    assert model.flops_per_token(5, scored=0.25) == 6 * (matrices + head / 4) + attention
-
-
 @pytest.mark.parametrize("name, changes", [
     ("backbone", dict(backbone="gpt2")), ("vocab_size", dict(vocab_size=0)), ("n_layer", dict(n_layer=0)),
     ("n_head", dict(n_head=-1)), ("n_head", dict(n_head=7)), ("n_embd", dict(n_embd=0)), ("n_ff", dict(n_ff=0)),
@@ -459,6 +448,36 @@ def test_traced_is_one_graph_and_equals_eager(backbone):
 @both
 def test_inductor_equals_eager(backbone):
     check_compiled(backbone, "inductor")
+
+
+# ----------------------------------------------------------------------------------------------- vocabulary loss
+
+
+@pytest.mark.parametrize("n", [3, 1100, 5000])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_loss_in_chunks_equals_the_plain_one(n, with_bias):
+    """Value and all gradients, on fewer rows than a chunk, on chunks of 512 and on eighths; some rows are not scored."""
+    torch.manual_seed(1)
+    x, w, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((n, 8), (50, 8), (50,)))
+    targets = torch.randint(0, 50, (n,))
+    targets[::3] = IGNORE
+    inputs = [x, w, b if with_bias else None]
+    results = []
+    for loss in (lambda x, w, b: VocabularyLoss.apply(x, w, b, targets),
+                 lambda x, w, b: F.cross_entropy(F.linear(x, w, b), targets, ignore_index=IGNORE, reduction="sum")):
+        leaves = [None if y is None else y.clone().requires_grad_() for y in inputs]
+        value = loss(*leaves)
+        (value * 0.37).backward()
+        results.append([value.detach().double(), *(y.grad for y in leaves if y is not None)])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_without_gradients_is_the_same():
+    model, tokens = tiny("babyllama").float(), random_tokens(2, 9)
+    with_gradients, _ = model(tokens, tokens, causal=False)
+    with torch.no_grad():
+        assert model(tokens, tokens, causal=False)[0] == with_gradients
 
 
 # --------------------------------------------------------------------------------------------------- sampling

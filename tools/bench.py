@@ -1,14 +1,17 @@
-"""Training speed and memory of both backbones and objectives, against the device's own ceiling and against a peer.
+"""Speed and memory of training and scoring, against the device's own ceiling and against peers in the same run.
 
-    python tools/bench.py                                        # the published sizes, eager, on what is there
+    python tools/bench.py                                          # the published sizes, both objectives, eager
     python tools/bench.py config/babyllama.py --compile=off,on --rows=256
-    python tools/bench.py config/babyllama.py --peer             # Hugging Face LlamaForCausalLM in the same run
+    python tools/bench.py --peer                                   # beside Hugging Face Llama and a plain LTG-BERT
+    python tools/bench.py config/ltg_bert.py --rows=8 --set block_size=512
+    python tools/bench.py --scoring blimp_filtered --limit 10      # minimal pairs a second, beside the plain batched way
 
-Every case lives in a process of its own (so its peak memory is its own), and all take turns, round after round, so
-that a machine whose speed drifts treats them alike. Columns: tokens/s and ms per optimizer step (median of the
-rounds), the parts of a step timed one by one with the device idle in between, peak memory (resident on a CPU,
-allocated on a GPU), and MFU: model FLOPs (Transformer.flops_per_token) over the ceiling, which is the rate of plain
-matrix products of the model's own shapes on the same device, in the same precision, in the same minute.
+Every training case lives in a process of its own, so that its peak memory is its own. On a CPU they take turns, round
+after round, and with them the ceiling: a machine whose speed drifts treats all alike; a GPU holds one case at a time.
+Columns: tokens/s and ms of an optimizer step (median of the rounds), its parts timed with the device idle in between,
+peak memory (resident on a CPU, allocated on a GPU), and MFU: the FLOPs that the model needs a second (6 per weight of a
+matrix and token, 12 T D per layer and token for attention, the head at scored positions only) over
+the ceiling, the rate of plain matrix products of the model's own shapes in the same precision.
 """
 
 import argparse
@@ -17,17 +20,18 @@ import resource
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import config
-from data import Batches
+import eval as evaluation
+from data import MASK, SPECIAL, Batches
 from model import IGNORE, Transformer
 from schedule import OBJECTIVES
 from train import Settings, make_optimizers, to_device
@@ -36,7 +40,7 @@ VOCABULARY = {"babyllama": 16000, "ltg_bert": 16384}  # as published
 
 
 class HuggingFaceLlama(nn.Module):
-    """The peer: same sizes, logits at every position, the loss summed as ours is."""
+    """Peer of BabyLlama: same sizes, logits at every position, the loss summed as ours is."""
 
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
@@ -46,13 +50,53 @@ class HuggingFaceLlama(nn.Module):
             intermediate_size=s.n_ff, max_position_embeddings=s.block_size, tie_word_embeddings=s.tied))
 
     def forward(self, tokens, targets, *, causal, scored):
-        if causal:
-            logits = self.llama(tokens).logits
-        else:  # all-open 4-D mask, what a user of the library would pass
-            mask = torch.zeros(1, 1, tokens.size(1), tokens.size(1), device=tokens.device)
-            logits = self.llama(tokens, attention_mask=mask).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        mask = None if causal else torch.zeros(1, 1, tokens.size(1), tokens.size(1), device=tokens.device)  # all open
+        logits = self.llama(tokens, attention_mask=mask).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return loss, (targets != IGNORE).sum()
+
+
+class PlainLTGBert(nn.Module):
+    """Peer of LTG-BERT: our weights, computed as the paper's formulas read and the reference (ltg-bert) goes about it.
+
+    Position keys and queries are looked up for every (i, j), (T, T, D) tensors; attention by explicit softmax and
+    dropout; of the head's positions only those with a target.
+    """
+
+    def __init__(self, s: Settings, vocab_size: int):
+        super().__init__()
+        self.model = Transformer(s.model_config(vocab_size))
+
+    def attention(self, block, x, table, index, causal):
+        H, p, norm = block.n_head, block.dropout, lambda y: F.layer_norm(y, y.shape[-1:], eps=1e-7)
+        h = norm(x)
+        q, k = (y.unflatten(-1, (H, -1)) for y in block.qk(h).chunk(2, -1))  # (B, T, H, d)
+        positions = F.embedding(index, block.qk(F.dropout(table, p)))  # (T, T, 2D)
+        q_pos, k_pos = (y.unflatten(-1, (H, -1)) for y in positions.chunk(2, -1))  # (T, T, H, d)
+        scale = (3 * q.size(-1)) ** -0.5
+        score = torch.einsum("bihd,bjhd->bhij", q, k * scale) + torch.einsum("bihd,ijhd->bhij", q, k_pos * scale)
+        score = score + torch.einsum("bjhd,ijhd->bhij", k * scale, q_pos)
+        if causal:
+            score = score.masked_fill(torch.ones_like(score[0, 0], dtype=torch.bool).triu(1), float("-inf"))
+        weights = F.dropout(score.softmax(-1), p)
+        y = torch.einsum("bhij,bjhd->bihd", weights, block.v(h).unflatten(-1, (H, -1))).flatten(-2)
+        x = x + F.dropout(block.out_norm(block.out(y)), p)
+        up, gate = block.up_gate(norm(x)).chunk(2, -1)
+        return x + F.dropout(block.down(norm(up * F.gelu(gate, approximate="tanh"))), p)
+
+    def forward(self, tokens, targets, *, causal, scored):
+        e, T = self.model.embedding, tokens.size(1)
+        x, (table, _) = e(tokens, 0)
+        distance = torch.arange(T, device=tokens.device)[:, None] - torch.arange(T, device=tokens.device)
+        index = e.buckets[distance.clamp(-e.max_distance, e.max_distance) + e.max_distance]
+        for block in self.model.blocks:
+            x = self.attention(block, x, table, index, causal)
+        chosen = (targets != IGNORE).flatten().nonzero().squeeze(-1)
+        logits = self.model.head.vocab(self.model.head(x.flatten(0, 1)[chosen]))
+        return F.cross_entropy(logits.float(), targets.flatten()[chosen], reduction="sum"), len(chosen)
+
+
+PEERS = {"babyllama": ("Hugging Face Llama", HuggingFaceLlama), "ltg_bert": ("plain LTG-BERT", PlainLTGBert)}
 
 
 def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, rows: int, threads: int, device: str):
@@ -61,11 +105,12 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
     s = config.load(Settings, args)
     vocab_size = VOCABULARY[s.backbone]
     device, rng = torch.device(device), np.random.default_rng(0)
-    bf16 = device.type == "cuda"
-    model = (HuggingFaceLlama(s, vocab_size) if peer else Transformer(s.model_config(vocab_size))).to(device).train()
+    bf16 = device.type == "cuda" if s.precision == "auto" else s.precision == "bfloat16"
+    model = PEERS[s.backbone][1](s, vocab_size) if peer else Transformer(s.model_config(vocab_size))
+    model = model.to(device).train()
     if compiled:
         model.compile(dynamic=False)
-    optimizers = make_optimizers(model, s, device)
+    optimizers = make_optimizers(model.model if isinstance(model, PlainLTGBert) else model, s, device)
     ids = rng.integers(4, vocab_size, 1 << 20).astype(np.uint16)
     batches = Batches(ids, vocab_size, s.block_size, rows, 1, int(np.ceil(0.15 * s.block_size)))
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -83,7 +128,7 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
         tokens, targets, scored = to_device(batches.batch(objective, number // batches.steps_per_epoch,
                                                           number % batches.steps_per_epoch, np.arange(rows), 0.15), device)
         lap("data")
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, count = model(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
         lap("forward")
         (loss / count).backward()
@@ -105,97 +150,177 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
             number += 1
         sync()
         pipe.send((time.perf_counter() - began, parts))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the other cases need the room
-    memory = torch.cuda.max_memory_allocated() if bf16 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     head = 1.0 if objective == "CLM" else batches.slots / s.block_size
-    flops = None if peer else model.flops_per_token(s.block_size, head)
-    pipe.send((memory, flops))
+    inner = Transformer(s.model_config(vocab_size)) if peer else model
+    pipe.send((memory, flops_per_token(inner, s.block_size, head)))
 
 
-def ceiling(s: Settings, vocab_size: int, rows: int, device: torch.device) -> float:
-    """FLOP/s of the model's own matrix products (forward shapes, all positions) and nothing else."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    n, shapes = rows * s.block_size, [(s.n_embd, 4 * s.n_embd, s.n_layer), (s.n_embd, 2 * s.n_ff, s.n_layer),
-                                      (s.n_ff, s.n_embd, s.n_layer), (s.n_embd, vocab_size, 1)]
-    seconds = work = 0
-    for width, out, times in shapes:
-        x, w = torch.randn(n, width, device=device, dtype=dtype), torch.randn(width, out, device=device, dtype=dtype)
-        y = torch.empty(n, out, device=device, dtype=dtype)
-        laps = []
-        for _ in range(3):
-            torch.mm(x, w, out=y)
-        for _ in range(10):
+def flops_per_token(model: Transformer, T: int, scored: float) -> float:
+    """Floating-point operations of a forward and backward pass per token, a multiply-add counted as two.
+
+    6 per weight of a matrix and token (2 forward, 4 backward), 12 T D per layer for q.k and probabilities.v (PaLM,
+    Chowdhery et al. 2022, appendix B). scored: the share of positions that pass through the head. What LTG-BERT's
+    position terms need beyond that is not counted.
+    """
+    c = model.config
+    head, blocks = (sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear)) for part in (model.head, model.blocks))
+    return 6 * (blocks + scored * head) + 12 * c.n_layer * T * c.n_embd
+
+
+def ceiling(s: Settings, rows: int, device: torch.device) -> float:
+    """FLOP/s of the blocks' matrix products and their two gradients at the model's own shapes, and nothing else."""
+    bf16 = device.type == "cuda" if s.precision == "auto" else s.precision == "bfloat16"
+    dtype, n, seconds, work = torch.bfloat16 if bf16 else torch.float32, rows * s.block_size, 0.0, 0
+    for width, out in ((s.n_embd, 3 * s.n_embd), (s.n_embd, s.n_embd), (s.n_embd, 2 * s.n_ff), (s.n_ff, s.n_embd)):
+        x, w, y = (torch.randn(a, b, device=device, dtype=dtype) for a, b in ((n, width), (width, out), (n, out)))
+        repeat = 20 if device.type == "cuda" else 1
+        for lap in range(2):  # the first warms up
             if device.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            repeat = 20 if device.type == "cuda" else 1
             for _ in range(repeat):
-                torch.mm(x, w, out=y)
+                torch.mm(x, w), torch.mm(y, w.T), torch.mm(x.T, y)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            laps.append((time.perf_counter() - began) / repeat)
-        seconds, work = seconds + times * statistics.median(laps), work + times * 2 * n * width * out
+            took = (time.perf_counter() - began) / repeat
+        seconds, work = seconds + took, work + 6 * n * width * out
     return work / seconds
 
 
-def label(file: str, objective: str, compiled: str, peer: bool) -> str:
-    name = "Hugging Face Llama" if peer else Path(file).stem
-    return f"{name} {objective} {'compiled' if compiled == 'on' else 'eager'}"
+def label(file: str, objective: str, compiled: str, peer: str) -> str:
+    return f"{peer or Path(file).stem} {objective} {'compiled' if compiled == 'on' else 'eager'}"
+
+
+def bench_training(a, device: str):
+    overrides, context = [f"--{item}" for item in a.set], multiprocessing.get_context("spawn")
+    settings = {file: config.load(Settings, [file, *overrides]) for file in a.configs}
+    cases = [(file, objective, compiled, peer) for file in a.configs for objective in a.objectives.split(",")
+             for compiled in a.compile.split(",") for peer in (("", PEERS[settings[file].backbone][0]) if a.peer else ("",))]
+    pipes, seconds, ceilings = {}, {case: [] for case in cases}, {file: [] for file in a.configs}
+    torch.set_num_threads(a.threads)
+
+    def start(case):
+        pipes[case], theirs = context.Pipe()
+        file, objective, compiled, peer = case
+        context.Process(target=worker, daemon=True, args=(theirs, [file, *overrides], objective, compiled == "on", bool(peer),
+                                                          a.rows, a.threads, device)).start()
+        pipes[case].send((2, False))  # warm-up, with compilation
+        pipes[case].recv()
+
+    def measure(case):
+        pipes[case].send((a.steps, False))
+        seconds[case].append(pipes[case].recv()[0] / a.steps)
+
+    def report(case):
+        file, speed, s = case[0], a.rows * settings[case[0]].block_size / statistics.median(seconds[case]), settings[case[0]]
+        pipes[case].send((a.steps, True))
+        parts = {k: v / a.steps * 1000 for k, v in pipes[case].recv()[1].items()}
+        pipes[case].send(None)
+        memory, flops = pipes[case].recv()
+        print(f"{label(*case):36} {speed:10,.0f} {1000 * statistics.median(seconds[case]):9.1f} {parts['data']:7.2f} "
+              f"{parts['forward']:8.1f} {parts['backward']:8.1f} {parts['optimizer']:7.1f} {memory / 1e9:6.2f} "
+              f"{flops * speed / statistics.median(ceilings[file]):5.0%}", flush=True)
+        return speed, memory
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
+    print(f"{name}, torch {torch.__version__}, precision {next(iter(settings.values())).precision}, "
+          f"{a.rows} rows a step, median of {a.rounds} rounds of {a.steps} steps")
+    print(f"{'case':36} {'tokens/s':>10} {'ms/step':>9} {'data':>7} {'forward':>8} {'backward':>8} {'optim':>7} {'GB':>6} {'MFU':>5}",
+          flush=True)
+    results = {}
+    for together in [cases] if device == "cpu" else [[case] for case in cases]:
+        for case in together:
+            start(case)
+        for _ in range(a.rounds):
+            for file in dict.fromkeys(case[0] for case in together):
+                ceilings[file].append(ceiling(settings[file], a.rows, torch.device(device)))
+            for case in together:
+                measure(case)
+        results |= {case: report(case) for case in together}
+    for file in a.configs:
+        print(f"ceiling of {Path(file).stem}'s shapes: {statistics.median(ceilings[file]) / 1e9:,.0f} GFLOP/s")
+    for (file, objective, compiled, peer), (speed, memory) in results.items():
+        if peer:
+            theirs, (ours, our_memory) = f"{peer} {objective}", results[file, objective, compiled, ""]
+            print(f"{label(file, objective, compiled, '')}: {ours / speed:.2f} times {theirs} in {our_memory / memory:.0%} "
+                  "of its memory")
+
+
+# ------------------------------------------------------------------------------------------------------ scoring
+
+
+@torch.inference_mode()
+def plain_scores(model: Transformer, ids: list[np.ndarray], mode: str, batch: int = 64) -> np.ndarray:
+    """Sums of log-probabilities the plain batched way (the 2025 pipeline): in given order, padded, logits everywhere."""
+    rows, device = [], next(model.parameters()).device
+    for text, row in enumerate(ids):  # what to compute, position of the target's logits, target, text
+        if mode == "causal":
+            rows.append((row[:-1], np.arange(len(row) - 1), row[1:], text))
+        for place in range(1, len(row)) if mode == "masked" else ():
+            if row[place] >= len(SPECIAL):
+                hidden = row.copy()
+                hidden[place] = MASK
+                rows.append((hidden, np.array([place]), row[[place]], text))
+    total = np.zeros(len(ids))
+    for a in range(0, len(rows), batch):
+        part = rows[a:a + batch]
+        lengths = torch.tensor([len(row[0]) for row in part])
+        x = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64)
+        for i, row in enumerate(part):
+            x[i, :len(row[0])] = torch.from_numpy(row[0])
+        scores = model(x.to(device), causal=mode == "causal", lengths=lengths.to(device)).float().log_softmax(-1).cpu()
+        for i, (_, places, targets, text) in enumerate(part):
+            total[text] += scores[i, places, targets].sum().item()
+    return total
+
+
+def bench_scoring(a, device: str):
+    torch.set_num_threads(a.threads)
+    items = evaluation.read_tasks(a.scoring, a.limit)
+    texts = list(dict.fromkeys(option for item in items for option in item.options))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
+    print(f"{name}, torch {torch.__version__}, float32, {len(items):,} pairs of {a.scoring}, median of {a.rounds} rounds")
+    for file in a.configs:
+        s = config.load(Settings, [file, *(f"--{item}" for item in a.set)])
+        tokenizer = evaluation.Tokenizer(a.tokenizer or Path(s.corpus) / "tokenizer.json")
+        torch.manual_seed(1)
+        model = Transformer(s.model_config(tokenizer.vocab_size)).to(device).eval()
+        ids, first = evaluation.encode(texts, tokenizer, "line", "2025", "causal")
+        for mode in ("causal", "masked"):
+            seconds, scores = {"ours": [], "plain": []}, {}
+            for _ in range(a.rounds):
+                for way in seconds:
+                    began = time.perf_counter()
+                    scores[way] = (plain_scores(model, ids, mode) if way == "plain" else evaluation.score(
+                        model, ids, first, mode, [""] * len(ids), batch_tokens=2048 if device == "cpu" else 16384))
+                    seconds[way].append(time.perf_counter() - began)
+            ours, plain = (len(items) / statistics.median(seconds[way]) for way in ("ours", "plain"))
+            print(f"{Path(file).stem} {mode}: {ours:,.1f} pairs/s, {ours / plain:.2f} times the plain way ({plain:,.1f}); "
+                  f"largest difference of a score {np.abs(scores['ours'] - scores['plain']).max():.1e}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="*", default=["config/babyllama.py", "config/ltg_bert.py"])
-    parser.add_argument("--objectives", default="CLM,MLM")
-    parser.add_argument("--compile", default="off", help="off, on or off,on")
-    parser.add_argument("--rows", type=int, default=32, help="rows of one optimizer step, one micro-batch")
-    parser.add_argument("--steps", type=int, default=3, help="steps a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer", action="store_true", help="time Hugging Face Llama beside every BabyLlama case")
-    parser.add_argument("--set", nargs="*", default=[], help="flags for every config, e.g. --set optimizer=adamw")
+    add = parser.add_argument
+    add("configs", nargs="*", default=["config/babyllama.py", "config/ltg_bert.py"])
+    add("--objectives", default="CLM,MLM")
+    add("--compile", default="off", help="off, on or off,on")
+    add("--rows", type=int, default=32, help="rows of one optimizer step, one micro-batch")
+    add("--steps", type=int, default=2, help="steps a round")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--peer", action="store_true", help="time each backbone's peer as well (Llama: pip install transformers)")
+    add("--set", nargs="*", default=[], help="settings for every config, e.g. --set optimizer=adamw")
+    add("--scoring", metavar="TASK", help="time eval.py on this folder of minimal pairs instead of training")
+    add("--limit", type=int, default=10, help="pairs of each file to score")
+    add("--tokenizer", help="tokenizer.json for --scoring; default: that of the config's corpus")
     a = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    overrides = [f"--{item}" for item in a.set]
-
-    context, cases = multiprocessing.get_context("spawn"), []
-    for file in a.configs:
-        for peer in (False, True) if a.peer and "llama" in file else (False,):
-            for objective in a.objectives.split(","):
-                for compiled in a.compile.split(","):
-                    pipe, theirs = context.Pipe()
-                    process = context.Process(target=worker, daemon=True, args=(
-                        theirs, [file, *overrides], objective, compiled == "on", peer, a.rows, a.threads, device))
-                    process.start()
-                    pipe.send((2, False))  # warm-up, with compilation
-                    pipe.recv()
-                    cases.append(((file, objective, compiled, peer), pipe, []))
-    for _ in range(a.rounds):
-        for _, pipe, seconds in cases:
-            pipe.send((a.steps, False))
-            seconds.append(pipe.recv()[0] / a.steps)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
-    print(f"{name}, torch {torch.__version__}, {'bfloat16 autocast' if device == 'cuda' else 'float32'}, "
-          f"{a.rows} rows a step, median of {a.rounds} rounds of {a.steps} steps")
-    print(f"{'case':40} {'tokens/s':>9} {'ms/step':>8} {'data':>6} {'fwd':>7} {'bwd':>7} {'optim':>6} {'GB':>5} {'MFU':>5}")
-    speeds = {}
-    torch.set_num_threads(a.threads)
-    for (file, objective, compiled, peer), pipe, seconds in cases:
-        s = config.load(Settings, [file, *overrides])
-        pipe.send((a.steps, True))
-        parts = {k: v / a.steps * 1000 for k, v in pipe.recv()[1].items()}
-        pipe.send(None)
-        memory, flops = pipe.recv()
-        median = statistics.median(seconds)
-        speed = speeds[file, objective, compiled, peer] = a.rows * s.block_size / median
-        mfu = f"{flops * speed / ceiling(s, VOCABULARY[s.backbone], a.rows, torch.device(device)):.0%}" if flops else ""
-        print(f"{label(file, objective, compiled, peer):40} {speed:9,.0f} {median * 1000:8.1f} {parts['data']:6.2f} {parts['forward']:7.1f} "
-              f"{parts['backward']:7.1f} {parts['optimizer']:6.1f} {memory / 1e9:5.2f} {mfu:>5}", flush=True)
-    for (file, objective, compiled, peer), speed in speeds.items():
-        if (file, objective, compiled, True) in speeds and not peer:
-            print(f"{label(file, objective, compiled, peer)}: "
-                  f"{speed / speeds[file, objective, compiled, True]:.2f} times Hugging Face Llama")
+    try:
+        (bench_scoring if a.scoring else bench_training)(a, device)
+    except (config.ConfigError, evaluation.EvalError, evaluation.DataError, OSError) as e:
+        sys.exit(f"bench.py: {e}")
 
 
 if __name__ == "__main__":
