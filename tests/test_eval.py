@@ -1,12 +1,15 @@
 """Scores against a plain reference, readers, errors, samples, results. Alone: python -m pytest tests/test_eval.py"""
 
+import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,6 +178,28 @@ def test_targets_start_where_hugging_face_offsets_say(folder, tokenizer):
         encoded = hf.encode(text)
         assert encoded.ids[1:] == row[1:].tolist()
         assert at == next(i for i, (_, end) in enumerate(encoded.offsets) if end > start), (text, start)
+
+
+def test_texts_in_a_group_share_its_prefix_and_most_is_saved():
+    """All ways to cut the sorted texts into groups are tried: none computes fewer tokens."""
+    rng = random.Random(4)
+    for _ in range(30):
+        ids = [np.array([1, *(rng.randint(4, 6) for _ in range(rng.randint(1, 6)))]) for _ in range(7)]
+        groups = evaluation.share_prefixes(ids)
+        assert sorted(i for members, _ in groups for i in members) == list(range(7))
+        assert all(len({tuple(ids[i][:prefix + 1]) for i in members}) == 1 for members, prefix in groups)
+
+        def tokens(groups: list) -> int:  # inputs: all tokens but a text's last; the prefix once for a group
+            return sum(prefix + sum(len(ids[i]) - 1 - prefix for i in members) for members, prefix in groups)
+
+        order, least = sorted(range(7), key=lambda i: ids[i].tolist()), 1 << 60
+        for cuts in itertools.product([False, True], repeat=6):
+            parts = [[order[0]]]
+            for i, cut in zip(order[1:], cuts):
+                parts.append([i]) if cut else parts[-1].append(i)
+            shared = [len(os.path.commonprefix([ids[i].tolist() for i in part])) - 1 for part in parts]
+            least = min(least, tokens(list(zip(parts, shared))))
+        assert tokens(groups) == least
 
 
 def test_a_masked_row_is_computed_once(tokenizer):
