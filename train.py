@@ -341,11 +341,11 @@ def train(s: Settings):
         first, skipped = (content["step"], content.get("skipped", 0)) if content else (0, 0)
         for optimizer, state in zip(optimizers, content["optimizer"] if content else ()):
             optimizer.load_state_dict(state)
+        if p.sum(first)[0] != first * p.world:
+            raise TrainError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
     except (LookupError, TypeError, ValueError, AttributeError) as e:  # of a checkpoint that somebody else has made
         raise TrainError(f"{run}: its newest checkpoint is not one of this train.py ({type(e).__name__}: {e})") from None
     del content
-    if p.sum(first)[0] != first * p.world:
-        raise TrainError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
 
     bf16 = s.precision == "bfloat16" or s.precision == "auto" and p.device.type == "cuda" and torch.cuda.is_bf16_supported()
     compiled = s.compile == "on" or s.compile == "auto" and p.device.type == "cuda"

@@ -532,6 +532,13 @@ def deflated(path: Path):
             z.writestr(name, raw)
 
 
+def laughs(path: Path):  # two to the power of forty numbers, in forty lists
+    x = [0]
+    for _ in range(40):
+        x = [x, x]
+    torch.save({"model": x}, path)
+
+
 def in_itself(path: Path):
     endless = {}
     endless["model"] = endless
@@ -539,7 +546,7 @@ def in_itself(path: Path):
 
 
 BOMBS = {  # small files that hold much, or seem to
-    "deflated": deflated, "in itself": in_itself,
+    "deflated": deflated, "in itself": in_itself, "laughs": laughs,
     "expanded": lambda path: torch.save({"x": torch.zeros(1).expand(10 ** 8, 10 ** 8)}, path),
     "sparse": lambda path: torch.save({"x": torch.sparse_coo_tensor([[0], [0]], [1.0], [10 ** 9] * 2)}, path),
     "without memory": lambda path: torch.save({"x": torch.empty(10 ** 8, 10 ** 8, device="meta")}, path),

@@ -173,6 +173,34 @@ def test_a_flipped_bit_is_never_taken_for_good(corpus, tmp_path, optimizer):
     assert len(skipped) == 1 and skipped[0].startswith(f"skipped {newest}")
 
 
+STRANGE = {  # checkpoints with a right checksum that train.py has not written
+    "no step": lambda c: c.pop("step"), "step as text": lambda c: c.update(step="4"),
+    "no settings": lambda c: c.pop("settings"), "settings as a list": lambda c: c.update(settings=[1]),
+    "no tokenizer": lambda c: c.pop("tokenizer_sha256"), "no optimizer": lambda c: c.pop("optimizer"),
+    "optimizer as a number": lambda c: c.update(optimizer=3), "an empty optimizer": lambda c: c.update(optimizer=[{}]),
+    "other groups": lambda c: c["optimizer"][0].update(param_groups=[]), "no weights": lambda c: c.pop("model"),
+    "wide config": lambda c: c["config"].update(n_embd=1 << 40)}
+
+
+@pytest.fixture(scope="module")
+def short_run(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("short")
+    once(f"--corpus={corpus}", f"--out_dir={folder / 'run'}")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_strange_checkpoint_ends_in_one_line(corpus, short_run, tmp_path, strange):
+    path = tmp_path / "run" / checkpoints(short_run)[0].name
+    path.parent.mkdir()
+    content = load_checkpoint(checkpoints(short_run)[0])
+    STRANGE[strange](content)
+    torch.save(content | {"sha256": model.digest(content)}, path)
+    with pytest.raises((train.TrainError, CheckpointError), match=str(tmp_path)) as e:
+        once(f"--corpus={corpus}", f"--out_dir={path.parent}", "--resume")
+    assert "\n" not in str(e.value)
+
+
 def test_an_older_checkpoint_goes_on(corpus, tmp_path):
     """Without the keys and settings that came later."""
     args = [f"--corpus={corpus}", f"--out_dir={tmp_path}"]
