@@ -8,6 +8,7 @@ Settings come from override files and flags as in train.py. The defaults are tho
 task is saved: the same command goes on where it was stopped.
 """
 
+import copy
 import json
 import re
 import statistics
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import config
 from data import PAD, DataError, Tokenizer, hash64
 from eval import EvalError, json_lines, load_run, pick_device, read_result, write_result
-from model import CheckpointError, Transformer, bare_norm, digest, load_model
+from model import CheckpointError, Transformer, bare_norm, digest
 from schedule import OBJECTIVES, parse
 
 TASKS = {  # name: texts of an input, what is reported (EVAL 2024: finetune_classification.py, score_predictions.py)
@@ -390,7 +391,7 @@ def main(argv: list[str]):
                  for name in names}
         causal = [is_causal and layer not in own.n_open for layer in range(n_layer)]
         for seed in seeds:
-            results = finetune(load_model(content, device, path), train, valid, causal, own.pool, own, int(seed))
+            results = finetune(copy.deepcopy(model), train, valid, causal, own.pool, own, int(seed))
             for name, entry in zip(names, stored):
                 entry["seeds"][seed] = results[name]
             write_result(out, whole)

@@ -1,10 +1,13 @@
-"""A small corpus for every test that trains: text with enough structure to learn, made here."""
+"""What tests that train share: a small corpus with enough structure to learn, made here, and ways to call train.py."""
 
 import random
+import subprocess
 
 import pytest
 
+import config
 import data
+import train
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,22 @@ def corpus(tmp_path_factory) -> str:
         (folder / name).write_text("\n".join(lines) + "\n")
     data.prepare([str(folder / "text.train")], [str(folder / "text.dev")], str(folder / "corpus"), vocab_size=300)
     return str(folder / "corpus")
+
+
+def until(process: subprocess.Popen, beginning: str):
+    """Wait for a line of a process's output."""
+    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+
+
+def once(*args: str):
+    """Train in this process, without the seconds that an import of torch takes."""
+    train.train(config.load(train.Settings, [*args]))
+
+
+def refusal(*args: str) -> str:
+    """The error in which training ends in this process."""
+    try:
+        once(*args)
+    except train.TrainError as e:
+        return str(e)
+    pytest.fail("trained to the end")

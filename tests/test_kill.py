@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-import config
+import conftest
 import model
 import train
+from conftest import until
 from model import CheckpointError, checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -43,23 +45,7 @@ def run(*args: str, code: int = 0) -> str:
     return error if code else said
 
 
-def until(process: subprocess.Popen, beginning: str):
-    """Wait for a line of a process's output."""
-    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
-
-
-def once(*args: str):
-    """Train in this process, without the seconds that an import of torch takes."""
-    train.train(config.load(train.Settings, [*TINY, *args]))
-
-
-def refusal(*args: str) -> str:
-    """The error in which training ends in this process."""
-    try:
-        once(*args)
-    except train.TrainError as e:
-        return str(e)
-    pytest.fail("trained to the end")
+once, refusal = (partial(call, *TINY) for call in (conftest.once, conftest.refusal))
 
 
 @pytest.fixture(autouse=True)

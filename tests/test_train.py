@@ -17,6 +17,7 @@ import torch
 import config
 import data
 import train
+from conftest import once, refusal, until
 from model import ModelConfig, Transformer, checkpoints, digest, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -43,31 +44,12 @@ def workers(torchrun: subprocess.Popen) -> list[int]:
     return sorted(rank, key=lambda i: int(rank[i]["RANK"]))
 
 
-def until(process: subprocess.Popen, beginning: str):
-    """Wait for a line of a process's output."""
-    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
-
-
 def run(*args: str, processes: int = 1, code: int = 0) -> str:
     """Run train.py to its end -> what it printed, or its error lines where code is not 0."""
     done = subprocess.run(command(*args, processes=processes), cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code else done.stdout
-
-
-def once(*args: str):
-    """Train in this process, without the seconds that an import of torch takes."""
-    train.train(config.load(train.Settings, [*args]))
-
-
-def refusal(*args: str) -> str:
-    """The error in which training ends in this process."""
-    try:
-        once(*args)
-    except train.TrainError as e:
-        return str(e)
-    pytest.fail("trained to the end")
 
 
 def interrupt(after_step: int, number: int, *args: str) -> str:

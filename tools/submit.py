@@ -10,6 +10,7 @@ the folder where they were made.
 """
 
 import argparse
+import functools
 import gzip
 import json
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import DataError
-from eval import EvalError, fingerprint, read_result, read_tasks
+from eval import EvalError, Item, fingerprint, read_result, read_tasks
 
 # Items by subset, as collate_preds.py of 2025 asserts them; of BLiMP's 67 files and entity tracking's splits the sums.
 SUPPLEMENT = dict(hypernym=842, qa_congruence_easy=64, qa_congruence_tricky=165, subject_aux_inversion=3867, turn_taking=280)
@@ -80,12 +81,12 @@ def find_parts(results: dict[Path, dict], mode: str, wanted) -> dict[str, tuple[
     return {part: parts[part] for part in wanted if part in parts}
 
 
-def zero_shot(file: Path, result: dict, part: str, task: str, mode: str, year: str) -> tuple[dict, int]:
-    """Predictions by uid from a result of eval.py, and how many ties there were; raises EvalError.
+def zero_shot(file: Path, result: dict, items: list[Item], part: str, task: str, mode: str, year: str) -> tuple[dict, int]:
+    """Predictions by uid from a result of eval.py on `items`, and how many ties there were; raises EvalError.
 
     In a tie the last of the best options is taken: the right one stands first and must not win by its place.
     """
-    items = [item for item in read_tasks(result["task"]) if item.task == task]
+    items = [item for item in items if item.task == task]
     if fingerprint(items) != result["tasks"][task]["options_sha256"]:
         raise EvalError(f"{file}: {result['task']} no longer holds the items of {task} that were scored")
     members, found, ties = {}, {}, 0
@@ -143,9 +144,9 @@ def main(argv: list[str] | None = None):
     missing = [part for part in wanted if part not in found] + missing
     if missing and not a.incomplete:
         raise EvalError(f"{a.run}: missing in {a.mode} mode at step {step}: {', '.join(missing)}; score them, or --incomplete")
-    parts, ties = {}, 0
+    parts, ties, read = {}, 0, functools.cache(read_tasks)  # one result may hold several parts
     for part, (file, task) in found.items():
-        parts[part], n = zero_shot(file, results[file], part, task, a.mode, a.year)
+        parts[part], n = zero_shot(file, results[file], read(results[file]["task"]), part, task, a.mode, a.year)
         ties += n
 
     if a.year == "2024":
