@@ -270,8 +270,9 @@ class VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """x (N, D), weight (V, D), bias (V,) or None, targets (N,), of which IGNORE is not scored -> a scalar."""
-        device, wanted, rows = x.device.type, any(ctx.needs_input_grad), max(512, -(-len(x) // 8))
+        """x (B, K, D), weight (V, D), bias (V,) or None, targets (B, K), of which IGNORE is not scored -> a scalar."""
+        # Whole rows: Inductor (2.13, CPU) leaves the end of a chunk unwritten that K does not divide.
+        device, wanted, rows = x.device.type, any(ctx.needs_input_grad), max(-(-512 // x.size(1)), -(-len(x) // 8))
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device, enabled=False):
@@ -279,6 +280,7 @@ class VocabularyLoss(torch.autograd.Function):
             loss, dx, dw = x.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
             db = None if bias is None else torch.zeros_like(bias)
             for h_c, t in zip(h.split(rows), targets.split(rows)):
+                h_c, t = h_c.flatten(0, 1), t.flatten()
                 logits = F.linear(h_c, w, None if bias is None else bias.to(dtype)).to(wide)
                 scored, t = (t != IGNORE)[:, None], t.clamp(min=0)[:, None]
                 total = logits.logsumexp(-1, keepdim=True)
@@ -290,7 +292,7 @@ class VocabularyLoss(torch.autograd.Function):
                     dx.append(gradient @ w)
                     dw += gradient.T @ h_c
         if wanted:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw, db)
+            ctx.save_for_backward(torch.cat(dx).to(x.dtype).view_as(x), dw, db)
         return loss
 
     @staticmethod
@@ -336,7 +338,7 @@ class Transformer(nn.Module):
         x, vocab = self.head(x), self.head.vocab
         if targets is None:
             return vocab(x)
-        loss = VocabularyLoss.apply(x.flatten(0, 1), vocab.weight, vocab.bias, targets.flatten())
+        loss = VocabularyLoss.apply(x, vocab.weight, vocab.bias, targets)
         return loss, (targets != IGNORE).sum()
 
 

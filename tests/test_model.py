@@ -425,16 +425,16 @@ def test_dropout_acts_in_training_only(backbone):
 
 def check_compiled(backbone: str, backend: str):
     torch._dynamo.reset()
-    model, tokens, targets = tiny(backbone, n_layer=1), random_tokens(2, 8), random_tokens(2, 8, seed=6)
+    model, tokens, targets = tiny(backbone, n_layer=1, vocab_size=64).float(), random_tokens(32, 24), random_tokens(32, 24, seed=6)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)  # fullgraph: a graph break raises
-    for causal, scored in ((True, None), (False, torch.tensor([[1, 3], [0, 5]]))):
+    for causal, scored in ((True, None), (False, torch.arange(20).expand(32, 20).contiguous())):  # 640 rows: two chunks
         loss, count = compiled(tokens, targets, causal=causal, scored=scored)
         ours = gradients(model, loss)
         eager_loss, eager_count = model(tokens, targets, causal=causal, scored=scored)
         assert count == eager_count
-        assert_same(loss, eager_loss, 1e-5)
+        assert_same(loss, eager_loss, 1e-4)
         for a, b in zip(ours, gradients(model, eager_loss)):
-            assert_same(a, b, 1e-5)
+            assert_same(a, b, 1e-4)
     torch._dynamo.reset()
 
 
@@ -453,18 +453,18 @@ def test_inductor_equals_eager(backbone):
 # ----------------------------------------------------------------------------------------------- vocabulary loss
 
 
-@pytest.mark.parametrize("n", [3, 1100, 5000])
+@pytest.mark.parametrize("rows, n", [(1, 3), (11, 100), (50, 100), (3, 1000)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_loss_in_chunks_equals_the_plain_one(n, with_bias):
-    """Value and all gradients, on fewer rows than a chunk, on chunks of 512 and on eighths; some rows are not scored."""
+def test_the_loss_in_chunks_equals_the_plain_one(rows, n, with_bias):
+    """Value and all gradients, on fewer positions than a chunk, on chunks of 512, of eighths and of a row; some not scored."""
     torch.manual_seed(1)
-    x, w, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((n, 8), (50, 8), (50,)))
-    targets = torch.randint(0, 50, (n,))
-    targets[::3] = IGNORE
+    x, w, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((rows, n, 8), (50, 8), (50,)))
+    targets = torch.randint(0, 50, (rows, n))
+    targets[:, ::3] = IGNORE
     inputs = [x, w, b if with_bias else None]
     results = []
     for loss in (lambda x, w, b: VocabularyLoss.apply(x, w, b, targets),
-                 lambda x, w, b: F.cross_entropy(F.linear(x, w, b), targets, ignore_index=IGNORE, reduction="sum")):
+                 lambda x, w, b: F.cross_entropy(F.linear(x, w, b).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")):
         leaves = [None if y is None else y.clone().requires_grad_() for y in inputs]
         value = loss(*leaves)
         (value * 0.37).backward()
