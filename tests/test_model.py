@@ -261,11 +261,12 @@ def test_config_rejects(name, changes):
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("biased", [True, False], ids=["biased", "plain"])
 @pytest.mark.parametrize("Tq", [1, 4, 6])
-def test_attend_is_plain_softmax_attention(causal, padded, biased, Tq):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])  # each has a path of its own
+def test_attend_is_plain_softmax_attention(causal, padded, biased, Tq, dtype, tolerance):
     torch.manual_seed(4)
     B, H, Tk, d = 2, 3, 6, 4
-    q, k, v, bias = (torch.randn(B, H, *shape, dtype=torch.float64, requires_grad=True)
-                     for shape in ((Tq, d), (Tk, d), (Tk, d), (Tq, Tk)))
+    rounded = [torch.randn(B, H, *shape).to(dtype) for shape in ((Tq, d), (Tk, d), (Tk, d), (Tq, Tk))]
+    q, k, v, bias = (x.double().requires_grad_() for x in rounded)
     lengths = torch.tensor([6, 3]) if padded else None
     inputs = [q, k, v] + [bias] * biased
     scores = 0.3 * q @ k.mT + (bias if biased else 0)
@@ -274,12 +275,13 @@ def test_attend_is_plain_softmax_attention(causal, padded, biased, Tq):
         position = Tk - Tq + i  # of query i
         hidden[b, 0, i, j] = causal and j > position or padded and j >= lengths[b]
     expected = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
-    result = attend(q, k, v, causal=causal, lengths=lengths, bias=bias if biased else None, scale=0.3)
-    assert_same(result, expected, 1e-12)
     weight = torch.randn_like(expected)
-    for ours, theirs in zip(torch.autograd.grad((result * weight).sum(), inputs),
-                            torch.autograd.grad((expected * weight).sum(), inputs)):
-        assert_same(ours, theirs, 1e-12)
+    theirs = torch.autograd.grad((expected * weight).sum(), inputs)
+    q, k, v, bias = leaves = [x.requires_grad_() for x in rounded]
+    result = attend(q, k, v, causal=causal, lengths=lengths, bias=bias if biased else None, scale=0.3)
+    assert_same(result.double(), expected, tolerance)
+    for ours, theirs in zip(torch.autograd.grad((result * weight).sum(), leaves[:len(inputs)]), theirs):
+        assert_same(ours.double(), theirs, tolerance)
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])

@@ -34,7 +34,7 @@ import eval as evaluation
 from data import MASK, SPECIAL, Batches
 from model import IGNORE, Transformer
 from schedule import OBJECTIVES
-from train import Settings, make_optimizers, to_device
+from train import Processes, Settings, make_optimizers, to_device
 
 VOCABULARY = {"babyllama": 16000, "ltg_bert": 16384}  # as published
 
@@ -96,16 +96,21 @@ class PlainLTGBert(nn.Module):
         return F.cross_entropy(logits.float(), targets.flatten()[chosen], reduction="sum"), len(chosen)
 
 
+def in_bf16(s: Settings) -> bool:
+    return Processes("auto").fast_bf16 if s.precision == "auto" else s.precision == "bfloat16"
+
+
 PEERS = {"babyllama": ("Hugging Face Llama", HuggingFaceLlama), "ltg_bert": ("plain LTG-BERT", PlainLTGBert)}
 
 
-def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, rows: int, threads: int, device: str):
+def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, rows: int, threads: int, device: str,
+           bf16: bool):
     """One case: set up, then for every number received run that many steps and send back seconds."""
     torch.set_num_threads(threads)
     s = config.load(Settings, args)
     vocab_size = VOCABULARY[s.backbone]
-    device, rng = torch.device(device), np.random.default_rng(0)
-    bf16 = device.type == "cuda" if s.precision == "auto" else s.precision == "bfloat16"
+    # What train.py sets up for a process is part of ours; the peer runs as torch does by itself.
+    device, rng = torch.device(device) if peer else Processes(device).device, np.random.default_rng(0)
     model = PEERS[s.backbone][1](s, vocab_size) if peer else Transformer(s.model_config(vocab_size))
     model = model.to(device).train()
     if compiled:
@@ -170,17 +175,19 @@ def flops_per_token(model: Transformer, T: int, scored: float) -> float:
 
 def ceiling(s: Settings, rows: int, device: torch.device) -> float:
     """FLOP/s of the blocks' matrix products and their two gradients at the model's own shapes, and nothing else."""
-    bf16 = device.type == "cuda" if s.precision == "auto" else s.precision == "bfloat16"
-    dtype, n, seconds, work = torch.bfloat16 if bf16 else torch.float32, rows * s.block_size, 0.0, 0
+    dtype, n, seconds, work = torch.bfloat16 if in_bf16(s) else torch.float32, rows * s.block_size, 0.0, 0
     for width, out in ((s.n_embd, 3 * s.n_embd), (s.n_embd, s.n_embd), (s.n_embd, 2 * s.n_ff), (s.n_ff, s.n_embd)):
         x, w, y = (torch.randn(a, b, device=device, dtype=dtype) for a, b in ((n, width), (width, out), (n, out)))
-        repeat = 20 if device.type == "cuda" else 1
+        products = [(x, w), (y, w.T), (x.T, y)]
+        results = [a @ b for a, b in products]  # kept: to page in new memory is not the products' work
+        repeat = 20 if device.type == "cuda" else 3
         for lap in range(2):  # the first warms up
             if device.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
             for _ in range(repeat):
-                torch.mm(x, w), torch.mm(y, w.T), torch.mm(x.T, y)
+                for (a, b), result in zip(products, results):
+                    torch.mm(a, b, out=result)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             took = (time.perf_counter() - began) / repeat
@@ -204,7 +211,7 @@ def bench_training(a, device: str):
         pipes[case], theirs = context.Pipe()
         file, objective, compiled, peer = case
         context.Process(target=worker, daemon=True, args=(theirs, [file, *overrides], objective, compiled == "on", bool(peer),
-                                                          a.rows, a.threads, device)).start()
+                                                          a.rows, a.threads, device, in_bf16(settings[file]))).start()
         pipes[case].send((2, False))  # warm-up, with compilation
         pipes[case].recv()
 
@@ -224,7 +231,7 @@ def bench_training(a, device: str):
         return speed, memory
 
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
-    print(f"{name}, torch {torch.__version__}, precision {next(iter(settings.values())).precision}, "
+    print(f"{name}, torch {torch.__version__}, {'bfloat16' if in_bf16(next(iter(settings.values()))) else 'float32'}, "
           f"{a.rows} rows a step, median of {a.rounds} rounds of {a.steps} steps")
     print(f"{'case':36} {'tokens/s':>10} {'ms/step':>9} {'data':>7} {'forward':>8} {'backward':>8} {'optim':>7} {'GB':>6} {'MFU':>5}",
           flush=True)
