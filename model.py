@@ -55,7 +55,7 @@ class ModelConfig:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None,
-           bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+           bias: Tensor | None = None, scale: float | None = None, p: float = 0.0) -> Tensor:
     """Softmax attention, the only place in the project where anything is masked.
 
     q (B, H, Tq, d), k and v (B, H, Tk, d) -> (B, H, Tq, d). The queries are the last Tq of the Tk positions.
@@ -63,8 +63,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | N
     """
     Tq, Tk = q.size(-2), k.size(-2)
     causal = causal and Tq > 1  # one query is the last position and sees every key
-    # bfloat16 on a CPU: up to this length SDPA's backward takes 3 to 6 times as long as plain products (torch 2.13).
-    plain, mask = q.device.type == "cpu" and q.dtype == torch.bfloat16 and Tk <= 256, bias
+    # On a CPU SDPA's dropout is slow, and in bfloat16 and short rows its backward takes 6 times that of products (2.13).
+    plain, mask = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16 and Tk <= 256), bias
     if lengths is not None or causal and (plain or bias is not None or Tq != Tk):
         # SDPA's own is_causal aligns the first positions, a cache needs the last ones aligned.
         hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(1 + Tk - Tq if causal else Tk)
@@ -73,9 +73,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | N
         mask = (q.new_zeros(()) if bias is None else bias).masked_fill(hidden, float("-inf"))
     if plain:
         score = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.mT
-        return F.dropout((score if mask is None else score + mask).softmax(-1), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
-                                          dropout_p=dropout, scale=scale)
+        return dropout((score if mask is None else score + mask).softmax(-1), p) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, p, causal and mask is None, scale=scale)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout(x, p), p to the nearest 65,536th; on a CPU, where random numbers are dear, one serves four elements."""
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    drop, most = min(round(p * 65536), 65535), 2 ** 63 - 1
+    bits = torch.randint(-most, most, (-(-x.numel() // 4),)).view(torch.int16)[:x.numel()].view(x.shape)
+    return x * (bits >= drop - 32768).to(x.dtype).mul_(65536 / (65536 - drop))
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
@@ -106,8 +114,7 @@ class LlamaEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, start: int):
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device).float()
-        frequencies = 10000.0 ** (-torch.arange(0, self.d, 2, device=tokens.device).float() / self.d)
-        angles = torch.outer(positions, frequencies)  # (T, d / 2)
+        angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, self.d, 2, device=tokens.device) / self.d))  # (T, d / 2)
         return self.tokens(tokens), (angles.cos(), angles.sin())
 
 
@@ -135,10 +142,10 @@ class LlamaBlock(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = remember(cache, k, v)
         p = self.dropout if self.training else 0.0
-        y = self.out(merge_heads(attend(q, k, v, causal=causal, lengths=lengths, dropout=p)))
-        x = x + F.dropout(y, p, self.training)
+        y = self.out(merge_heads(attend(q, k, v, causal=causal, lengths=lengths, p=p)))
+        x = x + dropout(y, p)
         gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)
-        return x + F.dropout(self.down(F.silu(gate) * up), p, self.training)
+        return x + dropout(self.down(F.silu(gate) * up), p)
 
 
 class LlamaHead(nn.Module):
@@ -168,15 +175,10 @@ def bare_norm(x: Tensor) -> Tensor:
 
 def position_buckets(n_bucket: int, max_position: int) -> Tensor:
     """Table row of every distance i - j from -(max_position - 1) to max_position - 1 (DeBERTa, He et al. 2021, A.3)."""
-    mid = n_bucket // 2
-
-    def bucket(r: int) -> int:
-        a = abs(r)
-        if a > mid:  # the 1e-9 keeps ceil of a whole number whole under rounding
-            a = mid + math.ceil(math.log(a / mid) / math.log((max_position - 1) / mid) * (mid - 1) - 1e-9)
-        return a if r >= 0 else -a
-
-    return torch.tensor([n_bucket - 1 + bucket(r) for r in range(1 - max_position, max_position)])
+    mid, r = n_bucket // 2, torch.arange(1 - max_position, max_position)
+    log = (r.abs().clamp(min=1).double() / mid).log() / math.log((max_position - 1) / mid)
+    far = mid + (log * (mid - 1) - 1e-9).ceil().long()  # the 1e-9 keeps ceil of a whole number whole under rounding
+    return n_bucket - 1 + r.sign() * torch.where(r.abs() > mid, far, r.abs())
 
 
 def skew(x: Tensor) -> Tensor:
@@ -200,7 +202,7 @@ class LTGEmbedding(nn.Module):
         T = tokens.size(1)
         distances = torch.arange(start + T - 1, -T, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
         rows = self.buckets[distances + self.max_distance]  # (start + 2T - 1,), of every query from every key
-        x = F.dropout(bare_norm(self.tokens(tokens)), self.dropout, self.training)
+        x = dropout(bare_norm(self.tokens(tokens)), self.dropout * self.training)
         return x, (self.relative_norm(self.relative), rows)
 
 
@@ -223,17 +225,17 @@ class LTGBlock(nn.Module):
         h = bare_norm(x)
         q, k = (split_heads(y, self.n_head) for y in self.qk(h).chunk(2, dim=-1))  # (B, H, T, d)
         k, v = remember(cache, k, split_heads(self.v(h), self.n_head))
-        positions = self.qk(F.dropout(table, p, self.training))  # (2b - 1, 2D)
+        positions = self.qk(dropout(table, p))  # (2b - 1, 2D)
         q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
         # A product and a strided view give every (i, j) its position score: no (T, T, D) tensor and no gather.
         scale = (3 * q.size(-1)) ** -0.5
         content_to_position = skew(q @ k_pos[:, rows].mT)  # q_i . k_pos[i - j]
         position_to_content = skew(k @ q_pos[:, rows.flip(0)].mT).mT  # k_j . q_pos[i - j]
         bias = (content_to_position + position_to_content) * scale
-        y = attend(q, k, v, causal=causal, lengths=lengths, bias=bias, scale=scale, dropout=p)
-        x = x + F.dropout(self.out_norm(self.out(merge_heads(y))), p, self.training)
+        y = attend(q, k, v, causal=causal, lengths=lengths, bias=bias, scale=scale, p=p)
+        x = x + dropout(self.out_norm(self.out(merge_heads(y))), p)
         up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)
-        return x + F.dropout(self.down(bare_norm(up * F.gelu(gate, approximate="tanh"))), p, self.training)
+        return x + dropout(self.down(bare_norm(up * F.gelu(gate, approximate="tanh"))), p)
 
 
 class LTGHead(nn.Module):
@@ -246,7 +248,7 @@ class LTGHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = bare_norm(F.gelu(self.dense(bare_norm(x))))
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout * self.training)
 
 
 def init_ltg(model: "Transformer"):
@@ -298,8 +300,7 @@ class VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        dx, dw, db = ctx.saved_tensors
-        return dx * scale, dw * scale, None if db is None else db * scale, None
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None
 
 
 BACKBONES = {  # name: what embeds tokens, what each layer does, what gives logits, how weights start
@@ -459,8 +460,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run folder, newest first."""
-    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdecimal()),
-                  key=lambda f: int(f.stem[5:]), reverse=True)
+    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdecimal()), key=lambda f: -int(f.stem[5:]))
 
 
 def load_newest(run: Path, say=print) -> tuple[Path | None, dict | None]:

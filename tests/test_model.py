@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import config
 import train
-from model import (IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest,
+from model import (IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest, dropout,
                    generate, load_checkpoint, load_model, position_buckets, save_checkpoint, skew)
 
 HERE = Path(__file__).parent
@@ -406,6 +406,21 @@ def test_overfits_one_batch(backbone, causal):
         losses.append(loss.item() / count.item())
     assert losses[0] == pytest.approx(math.log(31), abs=0.5)  # a fresh model knows nothing
     assert losses[-1] < 0.1
+
+
+def test_dropout_drops_that_share_and_keeps_the_mean():
+    torch.manual_seed(3)
+    for p, dtype in ((0.1, torch.float32), (0.1, torch.bfloat16), (0.75, torch.float64), (0.99999, torch.float32)):
+        x = torch.ones(3, 333, 1001, dtype=dtype, requires_grad=True)
+        y = dropout(x, p)
+        kept = y[y != 0]
+        assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.002)
+        assert kept.unique().numel() == 1 and kept.mean().item() == pytest.approx(1 / (1 - p), rel=0.01 if p < 0.9 else 1)
+        y.sum().backward()
+        assert torch.equal(x.grad, y)
+        neighbours = (y[..., 1:] == 0) & (y[..., :-1] == 0)  # four elements share a random number, but no bits of it
+        assert neighbours.float().mean().item() == pytest.approx(p * p, abs=0.003)
+    assert torch.equal(dropout(x, 0.0), x)
 
 
 @both

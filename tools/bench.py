@@ -15,6 +15,7 @@ the ceiling, the rate of plain matrix products of the model's own shapes in the 
 """
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -204,7 +205,7 @@ def bench_training(a, device: str):
     settings = {file: config.load(Settings, [file, *overrides]) for file in a.configs}
     cases = [(file, objective, compiled, peer) for file in a.configs for objective in a.objectives.split(",")
              for compiled in a.compile.split(",") for peer in (("", PEERS[settings[file].backbone][0]) if a.peer else ("",))]
-    pipes, seconds, ceilings = {}, {case: [] for case in cases}, {file: [] for file in a.configs}
+    pipes, seconds, parts, ceilings = {}, {case: [] for case in cases}, {case: [] for case in cases}, {file: [] for file in a.configs}
     torch.set_num_threads(a.threads)
 
     def start(case):
@@ -212,21 +213,23 @@ def bench_training(a, device: str):
         file, objective, compiled, peer = case
         context.Process(target=worker, daemon=True, args=(theirs, [file, *overrides], objective, compiled == "on", bool(peer),
                                                           a.rows, a.threads, device, in_bf16(settings[file]))).start()
+        theirs.close()  # so that a process that dies is noticed
         pipes[case].send((2, False))  # warm-up, with compilation
         pipes[case].recv()
 
     def measure(case):
         pipes[case].send((a.steps, False))
         seconds[case].append(pipes[case].recv()[0] / a.steps)
+        pipes[case].send((1, True))
+        parts[case].append(pipes[case].recv()[1])
 
     def report(case):
         file, speed, s = case[0], a.rows * settings[case[0]].block_size / statistics.median(seconds[case]), settings[case[0]]
-        pipes[case].send((a.steps, True))
-        parts = {k: v / a.steps * 1000 for k, v in pipes[case].recv()[1].items()}
+        ms = {name: 1000 * statistics.median(laps[name] for laps in parts[case]) for name in parts[case][0]}
         pipes[case].send(None)
         memory, flops = pipes[case].recv()
-        print(f"{label(*case):36} {speed:10,.0f} {1000 * statistics.median(seconds[case]):9.1f} {parts['data']:7.2f} "
-              f"{parts['forward']:8.1f} {parts['backward']:8.1f} {parts['optimizer']:7.1f} {memory / 1e9:6.2f} "
+        print(f"{label(*case):36} {speed:10,.0f} {1000 * statistics.median(seconds[case]):9.1f} {ms['data']:7.2f} "
+              f"{ms['forward']:8.1f} {ms['backward']:8.1f} {ms['optimizer']:7.1f} {memory / 1e9:6.2f} "
               f"{flops * speed / statistics.median(ceilings[file]):5.0%}", flush=True)
         return speed, memory
 
@@ -236,12 +239,13 @@ def bench_training(a, device: str):
     print(f"{'case':36} {'tokens/s':>10} {'ms/step':>9} {'data':>7} {'forward':>8} {'backward':>8} {'optim':>7} {'GB':>6} {'MFU':>5}",
           flush=True)
     results = {}
-    for together in [cases] if device == "cpu" else [[case] for case in cases]:
+    # On a CPU what is compared takes turns; more at once might not fit into memory.
+    for _, together in itertools.groupby(cases, lambda case: case[:2] if device == "cpu" else case):
+        together = list(together)
         for case in together:
             start(case)
         for _ in range(a.rounds):
-            for file in dict.fromkeys(case[0] for case in together):
-                ceilings[file].append(ceiling(settings[file], a.rows, torch.device(device)))
+            ceilings[together[0][0]].append(ceiling(settings[together[0][0]], a.rows, torch.device(device)))
             for case in together:
                 measure(case)
         results |= {case: report(case) for case in together}
@@ -326,6 +330,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         (bench_scoring if a.scoring else bench_training)(a, device)
+    except EOFError:
+        sys.exit("bench.py: a case has died, see above; if the system has killed it, memory ran out: try fewer --rows")
     except (config.ConfigError, evaluation.EvalError, evaluation.DataError, OSError) as e:
         sys.exit(f"bench.py: {e}")
 
