@@ -400,3 +400,11 @@ def test_babylm_rules(tmp_path):
     with pytest.raises(config.ConfigError, match="schedule = '4_CLM.16_MLM.4_CLM' has more than the 10 epochs"):
         config.load(train.Settings, ["config/babyllama.py", "--babylm_rules"])
     assert config.load(train.Settings, ["--schedule=2_CLM+6_MLM+2_CLM", "--babylm_rules"]).babylm_rules
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux what the processor can do")
+def test_bfloat16_is_chosen_where_the_processor_has_instructions_for_it(corpus, tmp_path, capsys):
+    flags = set(re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    once(f"--corpus={corpus}", f"--out_dir={tmp_path}", *TINY, "--precision=auto", "--device=cpu", "--schedule=1_CLM")
+    chosen = re.search(r"precision (\S+)", capsys.readouterr().out)[1]
+    assert chosen == ("bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32")

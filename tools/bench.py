@@ -298,7 +298,7 @@ def bench_scoring(a, device: str):
         torch.manual_seed(1)
         model = Transformer(s.model_config(tokenizer.vocab_size)).to(device).eval()
         ids, first = evaluation.encode(texts, tokenizer, "line", "2025", "causal")
-        for mode in ("causal", "masked"):
+        for mode in a.modes.split(","):
             seconds, scores = {"ours": [], "plain": []}, {}
             for _ in range(a.rounds):
                 for way in seconds:
@@ -324,6 +324,7 @@ def main():
     add("--peer", action="store_true", help="time each backbone's peer as well (Llama: pip install transformers)")
     add("--set", nargs="*", default=[], help="settings for every config, e.g. --set optimizer=adamw")
     add("--scoring", metavar="TASK", help="time eval.py on this folder of minimal pairs instead of training")
+    add("--modes", default="causal,masked", help="of --scoring")
     add("--limit", type=int, default=10, help="pairs of each file to score")
     add("--tokenizer", help="tokenizer.json for --scoring; default: that of the config's corpus")
     a = parser.parse_args()
