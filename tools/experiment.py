@@ -59,7 +59,8 @@ class Spec:
     # what is compared
     arms: dict = field(default_factory=dict)  # name: settings of train.py that make it; may hold its own `modes`
     baseline: str = ""  # the arm that all others are compared with; default: the first
-    seeds: int = 3  # runs of each arm, with seeds 1 to so many
+    seeds: int = 3  # runs of each arm
+    first_seed: int = 1  # their seeds are this one and those after it; what is tuned should be tuned on others
     config: str = ""  # override file of train.py that all arms start from
     settings: dict = field(default_factory=dict)  # settings of train.py for all arms, over those of the file
     unequal_epochs: bool = False  # may arms differ in epochs?
@@ -99,7 +100,7 @@ class Spec:
         for name, holds, expected in [
                 ("arms", self.arms, "must name at least one arm"),
                 ("baseline", self.baseline in ("", *self.arms), f"must be an arm: {', '.join(map(str, self.arms))}"),
-                *((name, getattr(self, name) > 0, "must be at least 1") for name in ("seeds", "slice", "vocab_size")),
+                *((name, getattr(self, name) > 0, "must be at least 1") for name in ("seeds", "first_seed", "slice", "vocab_size")),
                 *((name, getattr(self, name) >= 0, "must not be negative") for name in ("limit", "minutes")),
                 ("tasks", len(tasks) == len(set(tasks)), "must differ in their last names, which tell results apart"),
                 ("workers", self.workers and all(re.fullmatch(r"auto|cpu|cuda:\d+|[1-9]\d?", x) for x in self.workers),
@@ -172,7 +173,7 @@ def plan(spec: Spec, corpus: Corpus) -> list[SimpleNamespace]:
     modes and results: what eval.py is asked for, and a file for each task; glue: the file of finetune.py.
     """
     runs = []
-    for seed, arm in ((seed, arm) for seed in range(1, spec.seeds + 1) for arm in spec.arms):
+    for seed, arm in ((seed, arm) for seed in range(spec.first_seed, spec.first_seed + spec.seeds) for arm in spec.arms):
         folder, modes = Path(spec.out, f"{arm}_{seed}"), spec.modes_of(arm)
         own = [f"--corpus={spec.corpus}", f"--out_dir={folder}", f"--seed={seed}", "--score="]
         s = config.load(Settings, args := spec.train_args(arm) + own)
@@ -436,10 +437,10 @@ def report(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> str:
 
 
 def draw(spec: Spec, runs: list[SimpleNamespace]):
-    """Write training.png, the finished runs of seed 1, and scores.png, means with their standard errors."""
+    """Write training.png, the finished runs of the first seed, and scores.png, means with their standard errors."""
     rows = [row for row in read_json(Path(spec.out, "results.json"))["rows"]
             if row["what"] not in ("dev loss", "words seen", "tokens/s") and row["how"] != "best mode"]
-    finished = [str(run.folder) for run in runs if run.seed == 1 and not next_command(spec, run)]
+    finished = [str(run.folder) for run in runs if run.seed == spec.first_seed and not next_command(spec, run)]
     if not rows or not finished:
         return
     plot.draw_training([plot.read_training(folder) for folder in finished]).savefig(f"{spec.out}/training.png", dpi=150)
