@@ -97,10 +97,6 @@ class PlainLTGBert(nn.Module):
         return F.cross_entropy(logits.float(), targets.flatten()[chosen], reduction="sum"), len(chosen)
 
 
-def in_bf16(s: Settings) -> bool:
-    return Processes("auto").fast_bf16 if s.precision == "auto" else s.precision == "bfloat16"
-
-
 PEERS = {"babyllama": ("Hugging Face Llama", HuggingFaceLlama), "ltg_bert": ("plain LTG-BERT", PlainLTGBert)}
 
 
@@ -174,9 +170,9 @@ def flops_per_token(model: Transformer, T: int, scored: float) -> float:
     return 6 * (blocks + scored * head) + 12 * c.n_layer * T * c.n_embd
 
 
-def ceiling(s: Settings, rows: int, device: torch.device) -> float:
+def ceiling(s: Settings, rows: int, device: torch.device, bf16: bool) -> float:
     """FLOP/s of the blocks' matrix products and their two gradients at the model's own shapes, and nothing else."""
-    dtype, n, seconds, work = torch.bfloat16 if in_bf16(s) else torch.float32, rows * s.block_size, 0.0, 0
+    dtype, n, seconds, work = torch.bfloat16 if bf16 else torch.float32, rows * s.block_size, 0.0, 0
     for width, out in ((s.n_embd, 3 * s.n_embd), (s.n_embd, s.n_embd), (s.n_embd, 2 * s.n_ff), (s.n_ff, s.n_embd)):
         x, w, y = (torch.randn(a, b, device=device, dtype=dtype) for a, b in ((n, width), (width, out), (n, out)))
         products = [(x, w), (y, w.T), (x.T, y)]
@@ -202,7 +198,8 @@ def label(file: str, objective: str, compiled: str, peer: str) -> str:
 
 def bench_training(a, device: str):
     overrides, context = [f"--{item}" for item in a.set], multiprocessing.get_context("spawn")
-    settings = {file: config.load(Settings, [file, *overrides]) for file in a.configs}
+    settings, fast = {file: config.load(Settings, [file, *overrides]) for file in a.configs}, Processes(device).fast_bf16
+    bf16 = {file: fast if s.precision == "auto" else s.precision == "bfloat16" for file, s in settings.items()}
     cases = [(file, objective, compiled, peer) for file in a.configs for objective in a.objectives.split(",")
              for compiled in a.compile.split(",") for peer in (("", PEERS[settings[file].backbone][0]) if a.peer else ("",))]
     pipes, seconds, parts, ceilings = {}, {case: [] for case in cases}, {case: [] for case in cases}, {file: [] for file in a.configs}
@@ -212,7 +209,7 @@ def bench_training(a, device: str):
         pipes[case], theirs = context.Pipe()
         file, objective, compiled, peer = case
         context.Process(target=worker, daemon=True, args=(theirs, [file, *overrides], objective, compiled == "on", bool(peer),
-                                                          a.rows, a.threads, device, in_bf16(settings[file]))).start()
+                                                          a.rows, a.threads, device, bf16[file])).start()
         theirs.close()  # so that a process that dies is noticed
         pipes[case].send((2, False))  # warm-up, with compilation
         pipes[case].recv()
@@ -234,7 +231,7 @@ def bench_training(a, device: str):
         return speed, memory
 
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
-    print(f"{name}, torch {torch.__version__}, {'bfloat16' if in_bf16(next(iter(settings.values()))) else 'float32'}, "
+    print(f"{name}, torch {torch.__version__}, {'bfloat16' if bf16[a.configs[0]] else 'float32'}, "
           f"{a.rows} rows a step, median of {a.rounds} rounds of {a.steps} steps")
     print(f"{'case':36} {'tokens/s':>10} {'ms/step':>9} {'data':>7} {'forward':>8} {'backward':>8} {'optim':>7} {'GB':>6} {'MFU':>5}",
           flush=True)
@@ -245,7 +242,8 @@ def bench_training(a, device: str):
         for case in together:
             start(case)
         for _ in range(a.rounds):
-            ceilings[together[0][0]].append(ceiling(settings[together[0][0]], a.rows, torch.device(device)))
+            file = together[0][0]
+            ceilings[file].append(ceiling(settings[file], a.rows, torch.device(device), bf16[file]))
             for case in together:
                 measure(case)
         results |= {case: report(case) for case in together}
