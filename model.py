@@ -181,10 +181,13 @@ def position_buckets(n_bucket: int, max_position: int) -> Tensor:
     return n_bucket - 1 + r.sign() * torch.where(r.abs() > mid, far, r.abs())
 
 
-def skew(x: Tensor) -> Tensor:
-    """Column n - 1 + j - i of row i moves to column j: (..., n, n + m - 1) -> (..., n, m), without an index tensor."""
-    n, width = x.shape[-2:]
-    return x.flatten(-2)[..., n - 1:-1].unflatten(-1, (n, width - 1))[..., :width + 1 - n] if n > 1 else x
+def position_scores(x: Tensor, table: Tensor) -> Tensor:
+    """x_i . table[n - 1 + j - i] for every (i, j), no gather: (B, H, n, d), (H, n + m - 1, d) -> (B, H, n, m)."""
+    # One product for all rows of the batch, or the table would be copied for each: (H, B, n, n + m - 1).
+    y = (x.transpose(0, 1).flatten(1, 2) @ table.mT).unflatten(1, (x.size(0), -1))
+    n, width = y.shape[-2:]  # a strided view moves column n - 1 + j - i of row i to column j
+    y = y.flatten(-2)[..., n - 1:-1].unflatten(-1, (n, width - 1))[..., :width + 1 - n] if n > 1 else y
+    return y.transpose(0, 1)
 
 
 class LTGEmbedding(nn.Module):
@@ -220,18 +223,15 @@ class LTGBlock(nn.Module):
         self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, shared, *, causal: bool, lengths: Tensor | None, cache: list | None) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        table, rows = shared
+        (table, rows), p = shared, self.dropout * self.training
         h = bare_norm(x)
         q, k = (split_heads(y, self.n_head) for y in self.qk(h).chunk(2, dim=-1))  # (B, H, T, d)
         k, v = remember(cache, k, split_heads(self.v(h), self.n_head))
         positions = self.qk(dropout(table, p))  # (2b - 1, 2D)
         q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
-        # A product and a strided view give every (i, j) its position score: no (T, T, D) tensor and no gather.
         scale = (3 * q.size(-1)) ** -0.5
-        content_to_position = skew(q @ k_pos[:, rows].mT)  # q_i . k_pos[i - j]
-        position_to_content = skew(k @ q_pos[:, rows.flip(0)].mT).mT  # k_j . q_pos[i - j]
-        bias = (content_to_position + position_to_content) * scale
+        # q_i . k_pos[i - j] + k_j . q_pos[i - j]
+        bias = (position_scores(q, k_pos[:, rows]) + position_scores(k, q_pos[:, rows.flip(0)]).mT) * scale
         y = attend(q, k, v, causal=causal, lengths=lengths, bias=bias, scale=scale, p=p)
         x = x + dropout(self.out_norm(self.out(merge_heads(y))), p)
         up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)

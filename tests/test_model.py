@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import config
 import train
 from model import (IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest, dropout,
-                   generate, load_checkpoint, load_model, position_buckets, save_checkpoint, skew)
+                   generate, load_checkpoint, load_model, position_buckets, position_scores,
+                   save_checkpoint)
 
 HERE = Path(__file__).parent
 BACKBONES = ("babyllama", "ltg_bert")
@@ -284,13 +285,13 @@ def test_attend_is_plain_softmax_attention(causal, padded, biased, Tq, dtype, to
         assert_same(ours.double(), theirs, tolerance)
 
 
-@pytest.mark.parametrize("T", [1, 2, 5])
-def test_skew_is_the_index_loop(T):
-    x = torch.randn(2, 3, T, 2 * T - 1)
-    expected = torch.empty(2, 3, T, T)
-    for i, j in itertools.product(range(T), range(T)):
-        expected[..., i, j] = x[..., i, T - 1 + j - i]
-    assert torch.equal(skew(x), expected)
+@pytest.mark.parametrize("n, m", [(1, 1), (1, 4), (2, 2), (5, 5), (3, 7), (7, 3)])
+def test_position_scores_are_the_index_loop(n, m):
+    x, table = torch.randn(2, 3, n, 4, dtype=torch.float64), torch.randn(3, n + m - 1, 4, dtype=torch.float64)
+    expected = torch.empty(2, 3, n, m, dtype=torch.float64)
+    for i, j in itertools.product(range(n), range(m)):
+        expected[..., i, j] = (x[..., i, :] * table[:, n - 1 + j - i]).sum(-1)
+    assert_same(position_scores(x, table), expected, 1e-12)
 
 
 @both

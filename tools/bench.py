@@ -329,7 +329,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         (bench_scoring if a.scoring else bench_training)(a, device)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         sys.exit("bench.py: a case has died, see above; if the system has killed it, memory ran out: try fewer --rows")
     except (config.ConfigError, evaluation.EvalError, evaluation.DataError, OSError) as e:
         sys.exit(f"bench.py: {e}")
