@@ -1,4 +1,4 @@
-# The quick start: causal, masked, causal and both at once on a small English grammar; 2.4 minutes on 2 CPU cores.
+# The quick start: causal, masked, causal and both at once on a small English grammar; 1.5 minutes on 2 CPU cores, in float32 2.4.
 corpus = "corpora/grammar"
 out_dir = "runs/quickstart"
 prepare = ("tools/grammar.py corpora/grammar_text",

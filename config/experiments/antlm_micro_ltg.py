@@ -1,11 +1,14 @@
 # antlm_micro.py with an LTG-BERT: the same text, arms and scores; optimizer and masking of config/ltg_bert_small.py.
 text = "babylm_10M"
 dev = "babylm_dev"
-slice = 40
+slice = 50
 vocab_size = 4096
 
 config = "config/ltg_bert_small.py"
-settings = dict(n_layer=6, n_head=6, n_embd=192, n_ff=512, batch_rows=32, micro_rows=32, keep=1)
+settings = dict(
+    n_layer=6, n_head=3, n_embd=192, n_ff=512, batch_rows=32, micro_rows=32, keep=1,
+    eval_every=200, compile="on",
+)
 arms = {
     "clm": dict(schedule="24_CLM"),
     "mlm": dict(schedule="24_MLM"),
