@@ -351,6 +351,7 @@ def load_run(path: str, device: str):
 
 
 def pick_device(name: str) -> str:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to a second, for every new shape
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in found if found[d]) if name == "auto" else name
     if not found[device]:

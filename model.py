@@ -182,12 +182,11 @@ def position_buckets(n_bucket: int, max_position: int) -> Tensor:
 
 
 def position_scores(x: Tensor, table: Tensor) -> Tensor:
-    """x_i . table[n - 1 + j - i] for every (i, j), no gather: (B, H, n, d), (H, n + m - 1, d) -> (B, H, n, m)."""
-    # One product for all rows of the batch, or the table would be copied for each: (H, B, n, n + m - 1).
+    """x_i . table[n - 1 + j - i] for every (i, j), no gather: (B, H, n, d), (H, n + m, d) -> (B, H, n, m)."""
+    # One product for all rows of the batch, or the table would be copied for each: (H, B, n, n + m).
     y = (x.transpose(0, 1).flatten(1, 2) @ table.mT).unflatten(1, (x.size(0), -1))
     n, width = y.shape[-2:]  # a strided view moves column n - 1 + j - i of row i to column j
-    y = y.flatten(-2)[..., n - 1:-1].unflatten(-1, (n, width - 1))[..., :width + 1 - n] if n > 1 else y
-    return y.transpose(0, 1)
+    return y.flatten(-2)[..., n - 1:-1].unflatten(-1, (n, width - 1))[..., :width - n].transpose(0, 1)
 
 
 class LTGEmbedding(nn.Module):
@@ -203,8 +202,8 @@ class LTGEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, start: int):
         T = tokens.size(1)
-        distances = torch.arange(start + T - 1, -T, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
-        rows = self.buckets[distances + self.max_distance]  # (start + 2T - 1,), of every query from every key
+        distances = torch.arange(start + T - 1, -T - 1, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
+        rows = self.buckets[distances + self.max_distance]  # (start + 2T,): every query from every key; -T for even sizes
         x = dropout(bare_norm(self.tokens(tokens)), self.dropout * self.training)
         return x, (self.relative_norm(self.relative), rows)
 
@@ -231,7 +230,7 @@ class LTGBlock(nn.Module):
         q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
         scale = (3 * q.size(-1)) ** -0.5
         # q_i . k_pos[i - j] + k_j . q_pos[i - j]
-        bias = (position_scores(q, k_pos[:, rows]) + position_scores(k, q_pos[:, rows.flip(0)]).mT) * scale
+        bias = (position_scores(q, k_pos[:, rows]) + position_scores(k, q_pos[:, rows.flip(0).roll(-1)]).mT) * scale
         y = attend(q, k, v, causal=causal, lengths=lengths, bias=bias, scale=scale, p=p)
         x = x + dropout(self.out_norm(self.out(merge_heads(y))), p)
         up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)
@@ -274,10 +273,10 @@ class VocabularyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """x (B, K, D), weight (V, D), bias (V,) or None, targets (B, K), of which IGNORE is not scored -> a scalar."""
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learns: bool) -> Tensor:
+        """x (B, K, D), weight (V, D), bias (V,) or None, targets (B, K) or IGNORE; may backward follow? -> a scalar."""
         # Whole rows: Inductor (2.13, CPU) leaves the end of a chunk unwritten that K does not divide.
-        device, wanted, rows = x.device.type, any(ctx.needs_input_grad), max(-(-512 // x.size(1)), -(-len(x) // 8))
+        device, rows = x.device.type, max(-(-512 // x.size(1)), -(-len(x) // 8))
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             h, w, wide = x.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
@@ -288,19 +287,19 @@ class VocabularyLoss(torch.autograd.Function):
                 logits = F.linear(h_c, w, None if bias is None else bias.to(dtype)).to(wide)
                 total = logits.logsumexp(-1, keepdim=True)
                 loss = loss + ((total - logits.gather(1, t)) * scored).sum()
-                if wanted:  # softmax - one-hot
+                if learns:  # softmax - one-hot
                     gradient = (logits - total).exp_().scatter_add_(1, t, torch.full_like(total, -1)).mul_(scored)
                     db = None if bias is None else db + gradient.sum(0)
                     gradient = gradient.to(dtype)
                     dx.append(gradient @ w)
                     dw += gradient.T @ h_c
-        if wanted:
+        if learns:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype).view_as(x), dw, db)
         return loss
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None
 
 
 BACKBONES = {  # name: what embeds tokens, what each layer does, what gives logits, how weights start
@@ -340,7 +339,7 @@ class Transformer(nn.Module):
         x, vocab = self.head(x), self.head.vocab
         if targets is None:
             return vocab(x)
-        loss = VocabularyLoss.apply(x, vocab.weight, vocab.bias, targets)
+        loss = VocabularyLoss.apply(x, vocab.weight, vocab.bias, targets, torch.is_grad_enabled())
         return loss, (targets != IGNORE).sum()
 
 

@@ -18,7 +18,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -143,7 +142,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         # A CPU with instructions for it multiplies matrices in bfloat16 up to four times as fast; one without is slower.
         cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-        self.fast_bf16 = any(map(cpu.get, ("avx512_bf16", "amx_bf16"))) or device == "cuda" and torch.cuda.is_bf16_supported()
+        self.fast_bf16 = any(map(cpu.get, ("avx512_bf16", "amx_bf16"))) or device == "cuda" and torch.cuda.is_bf16_supported(False)
         if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             # Memory that glibc gives back, the next step has to page in again: up to a sixth of its time.
             libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -305,7 +304,7 @@ def evaluate(model: Transformer, dev: Batches, s: Settings, objectives: list[str
         total, count = torch.zeros((), dtype=torch.float64), 0
         for i in range(0, len(rows), s.micro_rows):
             tokens, targets, scored = to_device(dev.batch(objective, 0, 0, rows[i:i + s.micro_rows], 0.15), p.device)
-            with autocast():
+            with autocast:
                 loss, n = model.forward(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
             total, count = total + loss.cpu(), count + n.item()
         total, count = p.sum(total.item(), count)
@@ -351,8 +350,8 @@ def train(s: Settings):
     compiled = s.compile == "on" or s.compile == "auto" and p.device.type == "cuda"
     if compiled:
         model.compile(dynamic=False)  # in place: keys stay clean, and model.forward stays uncompiled for evaluation
-    autocast = partial(torch.autocast, p.device.type, torch.bfloat16, enabled=bf16)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if p.world > 1 else model
+    autocast = torch.autocast(p.device.type, torch.bfloat16, enabled=bf16)
+    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if p.world > 1 else model
 
     name = torch.cuda.get_device_name(p.device) if p.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     p.say(f"{s.backbone}: {sum(q.numel() for q in model.parameters()) / 1e6:.2f} million parameters, "
@@ -383,8 +382,7 @@ def train(s: Settings):
                 for (objective, *_), loss, count in zip(parts[p.rank::p.world], losses, counts):
                     sums[objective] += loss, count
                 continue
-            skipped += 1
-            bad = np.zeros(len(parts))
+            skipped, bad = skipped + 1, np.zeros(len(parts))
             bad[p.rank::p.world] = ~np.isfinite(losses)
             bad = [f"{objective} rows {rows[0]} to {max(rows)}" for (objective, _, rows), n in zip(parts, p.sum(*bad)) if n]
             text = f"step {number}: gradient norm {norm} is not finite" + f", nor the loss of {', '.join(bad)}" * bool(bad)
@@ -412,8 +410,7 @@ def train(s: Settings):
                 f.write(json.dumps(entry) + "\n")
 
     for step in range(first, schedule.steps):
-        epoch, step_in_epoch = schedule.epoch(step)
-        phase = schedule.phases[schedule.phase(step)]
+        (epoch, step_in_epoch), phase = schedule.epoch(step), schedule.phases[schedule.phase(step)]
         shares, parts = phase.rows(s.batch_rows), phase.micro_batches(s.batch_rows, s.micro_rows, p.world)
         mine, rate = parts[p.rank::p.world], schedule.mask_rate(step)
         micro = [batches.batch(objective, epoch, step_in_epoch, np.array(rows), rate) for objective, _, rows in mine]
@@ -429,7 +426,7 @@ def train(s: Settings):
             # Dropout, too, is a function of position.
             torch.manual_seed(int(hash64(s.seed, DROPOUT, step, list(OBJECTIVES).index(objective), number)[0] >> np.uint64(1)))
             with ddp.no_sync() if p.world > 1 and len(losses) + 1 < len(micro) else nullcontext():
-                with autocast():
+                with autocast:
                     loss, _ = ddp(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
                 # DDP divides by the number of processes. 0 * loss makes all gradients NaN where the loss is not finite,
                 # and with them the norm, which is the same in all processes: so they agree on what to skip.
@@ -472,6 +469,7 @@ def train(s: Settings):
     p.sum(0)  # none leaves while another is at work
     if not halt:
         p.say(f"trained {run} in {(time.time() - began) / 60:.1f} minutes")
+        torch.cuda.empty_cache()  # eval.py may need it
         for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]) if s.score and p.rank == 0 else ():
             p.say("python eval.py", shlex.join([s.out_dir, *arguments]))
             if subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments]).returncode:
@@ -492,9 +490,11 @@ if __name__ == "__main__":
     except OSError as e:
         line = f"{e.filename or s.out_dir}: {e.strerror}; finished checkpoints are whole: mend this, then go on with --resume"
     except RuntimeError as e:
-        if "gloo" not in str(e):
+        if not (full := isinstance(e, torch.OutOfMemoryError)) and "gloo" not in str(e):
             raise
-        line = f"process {os.environ['RANK']}: lost contact with another one; go on from the newest checkpoint with --resume"
+        line = f"process {os.environ.get('RANK', 0)}: " + (
+            "the GPU's memory is full; lower --micro_rows, the batch stays the same" if full else
+            "lost contact with another one; go on from the newest checkpoint with --resume")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once the first process has said it, torchrun ends the others
     time.sleep(3 * (os.environ.get("LOCAL_RANK", "0") != "0"))
     sys.exit(f"train.py: {line}")

@@ -287,7 +287,7 @@ def test_attend_is_plain_softmax_attention(causal, padded, biased, Tq, dtype, to
 
 @pytest.mark.parametrize("n, m", [(1, 1), (1, 4), (2, 2), (5, 5), (3, 7), (7, 3)])
 def test_position_scores_are_the_index_loop(n, m):
-    x, table = torch.randn(2, 3, n, 4, dtype=torch.float64), torch.randn(3, n + m - 1, 4, dtype=torch.float64)
+    x, table = torch.randn(2, 3, n, 4, dtype=torch.float64), torch.randn(3, n + m, 4, dtype=torch.float64)
     expected = torch.empty(2, 3, n, m, dtype=torch.float64)
     for i, j in itertools.product(range(n), range(m)):
         expected[..., i, j] = (x[..., i, :] * table[:, n - 1 + j - i]).sum(-1)
@@ -481,7 +481,7 @@ def test_the_loss_in_chunks_equals_the_plain_one(rows, n, with_bias):
     targets[:, ::3] = IGNORE
     inputs = [x, w, b if with_bias else None]
     results = []
-    for loss in (lambda x, w, b: VocabularyLoss.apply(x, w, b, targets),
+    for loss in (lambda x, w, b: VocabularyLoss.apply(x, w, b, targets, True),
                  lambda x, w, b: F.cross_entropy(F.linear(x, w, b).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")):
         leaves = [None if y is None else y.clone().requires_grad_() for y in inputs]
         value = loss(*leaves)

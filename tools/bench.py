@@ -1,7 +1,7 @@
 """Speed and memory of training and scoring, against the device's own ceiling and against peers in the same run.
 
     python tools/bench.py                                          # the published sizes, both objectives, eager
-    python tools/bench.py config/babyllama.py --compile=off,on --rows=256
+    python tools/bench.py config/babyllama.py --compile=off,on --rows=256  # a GPU, which fewer leave waiting for launches
     python tools/bench.py --peer                                   # beside Hugging Face Llama and a plain LTG-BERT
     python tools/bench.py config/ltg_bert.py --rows=8 --set block_size=512
     python tools/bench.py --scoring blimp_filtered --limit 10      # minimal pairs a second, beside the plain batched way
@@ -35,7 +35,7 @@ import eval as evaluation
 from data import MASK, SPECIAL, Batches
 from model import IGNORE, Transformer
 from schedule import OBJECTIVES
-from train import Processes, Settings, make_optimizers, to_device
+from train import Processes, Settings, make_optimizers, to_device, update
 
 VOCABULARY = {"babyllama": 16000, "ltg_bert": 16384}  # as published
 
@@ -135,10 +135,7 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
         lap("forward")
         (loss / count).backward()
         lap("backward")
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(optimizers, s.lr, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         lap("optimizer")
 
     number = 0
