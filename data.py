@@ -333,7 +333,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
             shutil.copy(tokenizer, part / "tokenizer.json")
         else:
             counts = count_pieces(train_files)
-            if not any(not piece.isspace() for piece in counts):
+            if all(piece.isspace() for piece in counts):
                 raise DataError(f"{train_files[0]}: the {len(train_files)} input file(s) hold no words")
             merges = train_bpe(counts, n_merges)
             if len(merges) < n_merges:

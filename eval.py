@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from data import BOUNDARIES, END, MASK, PAD, SPECIAL, START, DataError, Progress, Tokenizer
+from data import BOUNDARIES, MASK, SPECIAL, START, DataError, Progress, Tokenizer
 from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest, write_whole
 from schedule import parse
 
@@ -248,14 +248,13 @@ def read_causal(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mo
 
     groups, a = sorted(share_prefixes(ids), key=lambda group: (-group[1], len(ids[group[0][-1]]))), 0
     while a < len(groups):  # the longest prefix first: what does not fit into memory fails at once
-        prefix = groups[a][1]
-        batch = [members for members, p in groups[a:a + batch_tokens // (prefix + 1) + 1] if p == prefix]
+        prefix = groups[a][1]  # at least 1: each text has a token to score and one before it
+        batch = [members for members, p in groups[a:a + max(1, batch_tokens // prefix)] if p == prefix]
         a, cache = a + len(batch), [[] for _ in model.blocks]
         text = np.array([i for members in batch for i in members])
         row = np.repeat(np.arange(len(batch)), [len(members) for members in batch])
-        if prefix:
-            x = np.stack([ids[members[0]][:prefix + 1] for members in batch])
-            yield read(text, row, x[:, :-1], x[:, 1:], 0, cache)
+        x = np.stack([ids[members[0]][:prefix + 1] for members in batch])
+        yield read(text, row, x[:, :-1], x[:, 1:], 0, cache)
         left = np.array([len(ids[i]) for i in text]) - 1 - prefix  # tokens of each text behind the prefix
         for length in np.unique(left[left > 0]):
             these, size = np.flatnonzero(left == length), max(1, batch_tokens // length)
@@ -304,10 +303,10 @@ def summarize(items: list[Item], scores: dict[str, list[list[float]]]) -> dict:
     for i, item in enumerate(items):
         theirs = {m: scores[m][i] for m in scores}
         share = {m: (s[0] == max(s)) / s.count(max(s)) for m, s in theirs.items()}
-        members.setdefault((item.group, item.subset), []).append({
+        members.setdefault(item.subset, (item.group, []))[1].append({  # the group that its first item names
             "items": 1, "accuracy": {m: 100 * share[m] for m in scores},
             "ties": {m: int(0 < share[m] < 1) for m in scores}, "scores": theirs})
-    for (group, subset), parts in sorted(members.items(), key=lambda x: x[0]):
+    for subset, (group, parts) in sorted(members.items(), key=lambda x: (x[1][0], x[0])):
         subsets[subset] = mean(parts) | {"group": group, "scores": {m: [p["scores"][m] for p in parts] for m in scores}}
         groups.setdefault(group, []).append(subsets[subset])
     return mean([*subsets.values()]) | {"groups": {g: mean(parts) for g, parts in groups.items()}, "subsets": subsets}
@@ -368,7 +367,7 @@ def print_samples(model: Transformer, content: dict, tokenizer: Tokenizer, args)
         if not model(tokens, causal=True).isfinite().all():
             raise EvalError(f"{args.run}: the model's logits are not finite; broken weights")
     generator = torch.Generator(device).manual_seed(args.seed % (1 << 63))
-    never = {PAD, START, END, MASK, *range(tokenizer.vocab_size, model.config.vocab_size)} - {prompt[0]}
+    never = {*SPECIAL.values(), *range(tokenizer.vocab_size, model.config.vocab_size)} - {prompt[0]}
     for i in range(args.n):
         new = generate(model, tokens, args.tokens, block_size=content["settings"]["block_size"], stop=prompt[0],
                        temperature=args.temperature, top_k=args.top_k, forbidden=tuple(never), generator=generator)

@@ -47,7 +47,7 @@ TASKS = {  # name: texts of an input, what is reported (EVAL 2024: finetune_clas
 class Settings:
     data: str = "evaluation_data/glue_filtered"  # folder of TASK.train.jsonl and TASK.valid.jsonl
     tasks: tuple = tuple(TASKS)  # each a name, or a name and flags for it alone: "wsc --epochs=30"
-    seeds: tuple = (12,)  # of head, order and dropout; several give mean and standard deviation
+    seeds: tuple = ("12",)  # of head, order and dropout; several give mean and standard deviation
     out: str = ""  # result file; default: glue_STEP.json beside the checkpoint
     # what the model sees
     mask: str = "auto"  # full | causal | auto: full if the model was trained with MLM or MNTP
@@ -99,6 +99,8 @@ class Settings:
             changes = {}
             for flag in flags:
                 changes |= config.from_flag(Settings, flag) if flag.startswith("--") else config.from_file(Settings, flag)
+            if own := changes.keys() & {"tasks", "out", "device"} or name == "mnli-mm" and changes.keys():
+                raise config.ConfigError(f"tasks: {name}: {min(own)} cannot be set for this task alone")
             found[name] = replace(self, **changes)
             try:
                 found[name].check()
@@ -279,7 +281,7 @@ def finetune(model: Transformer, train: tuple, valid: dict[str, tuple], causal: 
         net.train()
         total = torch.zeros((), device=device)
         for rows in batches(ids, s.batch_rows, seed, epoch):
-            optimizer.param_groups[0]["lr"] = s.lr * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
+            optimizer.param_groups[0]["lr"] = s.lr * min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
             with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
                 logits = net(*rows_to_device(ids, rows, device))
             loss = F.cross_entropy(logits.float(), torch.from_numpy(labels[rows]).to(device))
@@ -332,8 +334,8 @@ def four_parts(folder: Path, step: int, glue: float | None) -> str:
     """The macro average of the challenge in each mode that eval.py has scored this checkpoint in, or what it lacks."""
     parts = {}  # mode: part: percent
     for file in sorted(folder.glob(f"eval_*_{step}*.json"), key=lambda file: file.stat().st_mtime):
-        result = read_result(file)
-        for task in result["tasks"].values() if not result["partial"] else []:
+        result = read_result(file)  # "100" is in the name of step 1000, too
+        for task in result["tasks"].values() if result["step"] == step and not result["partial"] else []:
             if part := PARTS.get((task.get("kind"), len(task["subsets"]))):
                 for mode, accuracy in task["accuracy"].items():
                     parts.setdefault(f"{mode} {result['protocol']}", {})[part] = accuracy
@@ -382,7 +384,7 @@ def main(argv: list[str]):
             if differ := [k for k in used if entry["settings"].get(k) != used[k]]:
                 raise EvalError(f"{out}: holds {name} with {differ[0]}={entry['settings'].get(differ[0])!r}, not "
                                 f"{used[differ[0]]!r}; remove it or name another --out")
-        seeds = [seed for seed in map(str, s.seeds) if not all(seed in entry["seeds"] for entry in stored)]
+        seeds = [seed for seed in map(str, own.seeds) if not all(seed in entry["seeds"] for entry in stored)]
         if not seeds:
             print(f"{task}: done before, as {out} says", flush=True)
             continue

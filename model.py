@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -38,8 +38,8 @@ class ModelConfig:
     max_position: int = 512  # LTG-BERT: distances from here on share the last bucket
 
     def __post_init__(self):
-        for name, kind in self.__annotations__.items():
-            x = getattr(self, name)
+        for field in fields(self):
+            name, kind, x = field.name, field.type, getattr(self, field.name)
             if type(x) is not kind and (kind, type(x)) != (float, int) or kind is int and x < 1:
                 raise ValueError(f"{name} must be of type {kind.__name__}{' and at least 1' * (kind is int)}, not {x!r}")
         if self.backbone not in BACKBONES:
@@ -49,7 +49,7 @@ class ModelConfig:
         if self.backbone == "babyllama" and self.n_embd // self.n_head % 2:
             raise ValueError(f"n_head: rotary embedding needs an even head size, n_embd / n_head is {self.n_embd // self.n_head}")
         if not 1 < self.n_bucket < self.max_position <= 1 << 20:
-            raise ValueError(f"n_bucket {self.n_bucket} must lie in [2, max_position), {self.max_position=} below {1 << 20}")
+            raise ValueError(f"1 < n_bucket < max_position <= {1 << 20} must hold, not {self.n_bucket} and {self.max_position}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
@@ -67,9 +67,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | N
     plain, mask = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16 and Tk <= 512), bias
     if lengths is not None or causal and (plain or bias is not None or Tq != Tk):
         # SDPA's own is_causal aligns the first positions, a cache needs the last ones aligned.
-        hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(1 + Tk - Tq if causal else Tk)
+        key = torch.arange(Tk, device=q.device)
+        hidden = (key > key[-Tq:, None]) & causal  # (Tq, Tk): the keys behind each query
         if lengths is not None:
-            hidden = hidden | (torch.arange(Tk, device=q.device) >= lengths[:, None, None, None])
+            hidden = hidden | (key >= lengths[:, None, None, None])
         mask = (q.new_zeros(()) if bias is None else bias).masked_fill(hidden, float("-inf"))
     if plain:
         score = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.mT
@@ -90,15 +91,17 @@ def split_heads(x: Tensor, n_head: int) -> Tensor:
     return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, d)
 
 
-def remember(cache: list | None, k: Tensor, v: Tensor):
-    """Keys and values (B, H, T, d) of this call behind those that the layer's cache holds; the cache then has all."""
-    if cache is not None:
-        cache[:] = k, v = [torch.cat(pair, dim=-2) for pair in zip(cache, (k, v))] if cache else [k, v]
-    return k, v
-
-
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)  # (..., H, T, d) -> (..., T, D)
+
+
+def update_cache(cache: list | None, k: Tensor, v: Tensor):
+    """Keys and values (B, H, T, d) of this call behind those that the layer's cache holds; the cache then has all."""
+    if cache:
+        k, v = (torch.cat(pair, dim=-2) for pair in zip(cache, (k, v)))
+    if cache is not None:
+        cache[:] = k, v
+    return k, v
 
 
 # ---------------------------------------------------------------------------------------------- BabyLlama
@@ -126,7 +129,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LlamaBlock(nn.Module):
     """Pre-norm attention with rotary positions, then SwiGLU (Touvron et al. 2023)."""
 
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c: ModelConfig):
         super().__init__()
         self.n_head, self.dropout = c.n_head, c.dropout
         self.attention_norm = nn.RMSNorm(c.n_embd, eps=1e-6)
@@ -137,11 +140,10 @@ class LlamaBlock(nn.Module):
         self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
 
     def forward(self, x: Tensor, shared, *, causal: bool, lengths: Tensor | None, cache: list | None) -> Tensor:
-        cos, sin = shared
+        (cos, sin), p = shared, self.dropout * self.training
         q, k, v = (split_heads(y, self.n_head) for y in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = remember(cache, k, v)
-        p = self.dropout if self.training else 0.0
+        k, v = update_cache(cache, k, v)
         y = self.out(merge_heads(attend(q, k, v, causal=causal, lengths=lengths, p=p)))
         x = x + dropout(y, p)
         gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)
@@ -211,7 +213,7 @@ class LTGEmbedding(nn.Module):
 class LTGBlock(nn.Module):
     """Attention with disentangled relative positions, then GEGLU with a norm inside (Samuel et al. 2023, section 3)."""
 
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c: ModelConfig):
         super().__init__()
         self.n_head, self.dropout = c.n_head, c.dropout
         self.qk = nn.Linear(c.n_embd, 2 * c.n_embd)
@@ -225,7 +227,7 @@ class LTGBlock(nn.Module):
         (table, rows), p = shared, self.dropout * self.training
         h = bare_norm(x)
         q, k = (split_heads(y, self.n_head) for y in self.qk(h).chunk(2, dim=-1))  # (B, H, T, d)
-        k, v = remember(cache, k, split_heads(self.v(h), self.n_head))
+        k, v = update_cache(cache, k, split_heads(self.v(h), self.n_head))
         positions = self.qk(dropout(table, p))  # (2b - 1, 2D)
         q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
         scale = (3 * q.size(-1)) ** -0.5
@@ -288,7 +290,7 @@ class VocabularyLoss(torch.autograd.Function):
                 total = logits.logsumexp(-1, keepdim=True)
                 loss = loss + ((total - logits.gather(1, t)) * scored).sum()
                 if learns:  # softmax - one-hot
-                    gradient = (logits - total).exp_().scatter_add_(1, t, torch.full_like(total, -1)).mul_(scored)
+                    gradient = logits.sub_(total).exp_().scatter_add_(1, t, torch.full_like(total, -1)).mul_(scored)
                     db = None if bias is None else db + gradient.sum(0)
                     gradient = gradient.to(dtype)
                     dx.append(gradient @ w)
@@ -316,7 +318,7 @@ class Transformer(nn.Module):
         self.config = config
         embedding, block, head, init = BACKBONES[config.backbone]
         self.embedding = embedding(config)
-        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
         self.head = head(config, self.embedding.tokens)
         init(self)
 
@@ -326,8 +328,7 @@ class Transformer(nn.Module):
 
         tokens and targets (B, T); a target of IGNORE is not scored, nothing is shifted here. scored (B, K): only
         these positions pass through the vocabulary head, logits are then (B, K, V). lengths (B,): keys from there
-        on are padding. cache: a list of n_layer lists, filled in place: tokens then follow those of the calls before
-        (causal only).
+        on are padding. cache: n_layer lists, filled in place: tokens then follow those of earlier calls (causal only).
         """
         start = cache[0][0].size(-2) if cache and cache[0] else 0
         x, shared = self.embedding(tokens, start)

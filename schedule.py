@@ -87,7 +87,7 @@ class Schedule:
     phases: tuple[Phase, ...]
     steps_per_epoch: int
     lr: float  # peak learning rate
-    lr_min: float = 0.1  # share of the peak at the last step
+    lr_min_ratio: float = 0.1  # share of the peak at the last step
     warmup: float = 0.01  # share of all steps
     decay: str = "cosine"
     mask_start: float = 0.15  # share of the tokens that MLM and MNTP hide at the first step
@@ -116,12 +116,12 @@ class Schedule:
         raise IndexError(f"step {step} lies beyond the last step, {self.steps - 1}")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up that reaches the peak at its last step, then the decay down to lr_min at the last step."""
+        """Linear warm-up that reaches the peak at its last step, then the decay down to its share lr_min_ratio."""
         warmup = round(self.warmup * self.steps)
         if step < warmup:
             return self.lr * (step + 1) / warmup
         x = (step - warmup) / max(1, self.steps - 1 - warmup)
-        return self.lr * (self.lr_min + (1 - self.lr_min) * DECAYS[self.decay](x))
+        return self.lr * (self.lr_min_ratio + (1 - self.lr_min_ratio) * DECAYS[self.decay](x))
 
     def mask_rate(self, step: int) -> float:
         """Share of tokens to hide: linear from mask_start to mask_end (GPT-BERT: 0.30 to 0.15)."""

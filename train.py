@@ -55,7 +55,7 @@ class Settings:
     schedule: str = "4_CLM+16_MLM+4_CLM"  # PHASE+PHASE+...: EPOCHS_OBJECTIVE or EPOCHS_1CLM:15MNTP
     block_size: int = 128  # tokens a row
     batch_rows: int = 256  # rows per optimizer step, over all processes and micro-batches
-    micro_rows: int = 64  # rows per forward pass and process at most: bounds the memory, changes no result
+    micro_rows: int = 64  # rows per forward pass and process at most: bounds the memory, changes only what dropout draws
     mask_start: float = 0.15  # share of tokens that MLM and MNTP hide at the first step; GPT-BERT: 0.3
     mask_end: float = 0.15  # and at the last step; linear in between
     mask_span: float = 1.0  # mean tokens hidden at once; 1 single tokens, 3 the spans of ltg-bert
@@ -63,7 +63,7 @@ class Settings:
     # optimizer
     optimizer: str = "adamw"  # adamw | lamb | muon (matrices of the blocks; AdamW for the rest)
     lr: float = 7e-4  # peak; adamw 3e-4 to 2e-3, lamb 1e-2, muon as adamw
-    lr_min: float = 0.1  # share of the peak at the last step
+    lr_min_ratio: float = 0.1  # share of the peak at the last step
     lr_decay: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.02  # share of all steps
     beta1: float = 0.9
@@ -101,9 +101,8 @@ class Settings:
              lambda x: x not in ("", float("inf"), float("-inf")) and x == x, "must be given, and finite"),
             ("warmup beta1 beta2", lambda x: 0 <= x < 1, "must lie in [0, 1)"),
             *((name, lambda x, of=of: x in of, f"must be one of {', '.join(of)}") for name, of in choices.items()),
-            ("seed", lambda x: x < 1 << 63, "must be below 2 ** 63"),
             ("block_size", lambda x: x >= 2, "must be at least 2 tokens"),
-            ("lr_min", lambda x: 0 <= x <= 1, "is a share of lr and must lie in [0, 1]"),
+            ("lr_min_ratio", lambda x: 0 <= x <= 1, "is a share of the peak and must lie in [0, 1]"),
             ("mask_span", lambda x: x >= 1, "must be at least 1 token"),
             ("batch_rows", lambda x: x % world == 0, f"must be a multiple of the {world} processes"),
             ("schedule" * self.babylm_rules, lambda x: sum(phase.epochs for phase in phases) <= 10,
@@ -133,10 +132,10 @@ class Processes:
 
     def __init__(self, device: str):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise config.ConfigError("device = 'cuda', but torch sees no GPU; choose cpu or auto")
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device = next(d for d in found if found[d]) if device == "auto" else device
+        if not found[device]:
+            raise config.ConfigError(f"device = {device!r}, but torch finds none; choose cpu or auto")
         self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
         if device == "cuda":
             torch.cuda.set_device(self.device)
@@ -210,14 +209,13 @@ class Lamb(torch.optim.Optimizer):
 def make_optimizers(model: Transformer, s: Settings, device: torch.device) -> list[torch.optim.Optimizer]:
     """One optimizer, or for muon two; matrices decay, embeddings, biases and norms do not."""
     named = dict(model.named_parameters())
-    decay = [p for name, p in named.items() if p.dim() == 2 and not name.startswith("embedding.")]
-    plain = [p for name, p in named.items() if p.dim() != 2 or name.startswith("embedding.")]
+    decay = {name: p for name, p in named.items() if p.dim() == 2 and not name.startswith("embedding.")}
+    plain = [p for name, p in named.items() if name not in decay]
     optimizers, adam = [], dict(lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps)
     if s.optimizer == "muon":  # for the hidden matrices only (Jordan et al. 2024), with step sizes like AdamW's
-        hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
+        hidden = [decay.pop(name) for name in [*decay] if name.startswith("blocks.")]
         optimizers = [torch.optim.Muon(hidden, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")]
-        decay = [p for p in decay if not any(p is q for q in hidden)]
-    groups = [dict(params=decay, weight_decay=s.weight_decay), dict(params=plain, weight_decay=0.0)]
+    groups = [dict(params=[*decay.values()], weight_decay=s.weight_decay), dict(params=plain, weight_decay=0.0)]
     if s.optimizer == "lamb":
         return [Lamb(groups, **adam)]
     return optimizers + [torch.optim.AdamW(groups, **adam, fused=device.type != "mps")]
@@ -235,7 +233,7 @@ def update(optimizers: list[torch.optim.Optimizer], lr: float, norm: torch.Tenso
         for group in optimizer.param_groups:
             group["lr"] = lr
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        if optimizer.defaults.get("fused"):
+        if optimizer.param_groups[0].get("fused"):  # what runs: a checkpoint made on another device may have set it
             optimizer.found_inf, params = bad.float(), []
         before = [p.clone() for p in params]
         for p in params:
@@ -301,13 +299,12 @@ def evaluate(model: Transformer, dev: Batches, s: Settings, objectives: list[str
     model.eval()
     losses, rows = {}, np.arange(p.rank, min(s.eval_rows, dev.n_rows), p.world)
     for objective in objectives:
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        sums = np.zeros(2)  # loss and scored tokens
         for i in range(0, len(rows), s.micro_rows):
             tokens, targets, scored = to_device(dev.batch(objective, 0, 0, rows[i:i + s.micro_rows], 0.15), p.device)
             with autocast:
-                loss, n = model.forward(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
-            total, count = total + loss.cpu(), count + n.item()
-        total, count = p.sum(total.item(), count)
+                sums += [x.item() for x in model.forward(tokens, targets, causal=OBJECTIVES[objective], scored=scored)]
+        total, count = p.sum(*sums)
         losses[objective] = total / max(1, count)
     model.train()
     return losses
@@ -328,7 +325,7 @@ def train(s: Settings):
     slots = int(np.ceil(max(s.mask_start, s.mask_end) * s.block_size))
     batches = Batches(corpus.train, corpus.vocab_size, s.block_size, s.batch_rows, s.seed, slots, s.mask_span)
     dev = Batches(corpus.dev, corpus.vocab_size, s.block_size, s.eval_rows, 0, int(np.ceil(0.15 * s.block_size)))
-    schedule = Schedule(parse(s.schedule), batches.steps_per_epoch, s.lr, s.lr_min, s.warmup, s.lr_decay,
+    schedule = Schedule(parse(s.schedule), batches.steps_per_epoch, s.lr, s.lr_min_ratio, s.warmup, s.lr_decay,
                         s.mask_start, s.mask_end, corpus.meta["train"]["words"])
     judged = [name for name in OBJECTIVES if name in ("CLM", "MLM") or any(name in dict(x.mix) for x in schedule.phases)]
 
@@ -343,6 +340,8 @@ def train(s: Settings):
         if p.sum(first)[0] != first * p.world:
             raise TrainError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
     except (LookupError, TypeError, ValueError, AttributeError) as e:  # of a checkpoint that somebody else has made
+        if not checkpoints(run):
+            raise  # a mistake in the code
         raise TrainError(f"{run}: its newest checkpoint is not one of this train.py ({type(e).__name__}: {e})") from None
     del content
 
@@ -441,8 +440,8 @@ def train(s: Settings):
         where = dict(step=done, epoch=round(done / schedule.steps_per_epoch, 4), phase=str(phase), words=schedule.words(done))
         if done % s.log_every == 0 or done == schedule.steps or done == first + 1:
             look()
-            flat = p.sum(*(x for objective, _ in shares for x in sums[objective]))
-            losses = {objective: total / n for (objective, _), total, n in zip(shares, flat[::2], flat[1::2]) if n}
+            flat = p.sum(*(x for pair in sums.values() for x in pair))
+            losses = {objective: total / n for objective, total, n in zip(sums, flat[::2], flat[1::2]) if n}
             now = time.time()
             speed, left = tokens_seen / (now - logged), (now - began) / (done - first) * (schedule.steps - done)
             p.say(f"step {done}/{schedule.steps}  epoch {done / schedule.steps_per_epoch:.2f}/{schedule.epochs}  {phase}  "
@@ -465,7 +464,7 @@ def train(s: Settings):
         if step > first:
             save(step)
         p.say(f"stopped after step {step}; go on with the same command and --resume:",
-              *(arg for arg in sys.argv if arg != "--resume"), "--resume")
+              shlex.join([*(arg for arg in sys.argv if arg != "--resume"), "--resume"]))
     p.sum(0)  # none leaves while another is at work
     if not halt:
         p.say(f"trained {run} in {(time.time() - began) / 60:.1f} minutes")

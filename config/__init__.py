@@ -26,8 +26,8 @@ class ConfigError(Exception):
 def load(cls: type, args: list[str]):
     """Settings of dataclass cls after all files and flags; raises ConfigError.
 
-    cls.check(), if there is one, raises ValueError for a combination that cannot be, naming the settings in it: the
-    error then says which file or flag set one of them last.
+    cls.check() raises ValueError for a combination that cannot be, naming the settings in it: the error then says which
+    file or flag set one of them last.
     """
     values, origin = {}, {}
     for arg in args:
@@ -38,8 +38,7 @@ def load(cls: type, args: list[str]):
             origin[name] = arg.partition("=")[0] if arg.startswith("--") else arg
     settings = cls(**values)
     try:
-        if hasattr(settings, "check"):
-            settings.check()
+        settings.check()
     except ValueError as e:
         words = set(re.findall(r"\w+", str(e)))
         named = [where for name, where in origin.items() if name in words]
@@ -83,7 +82,7 @@ def checked(kind: type, value, where: str):
         raise ConfigError(f"{where}: must fit 64 bits")
     for text in {str: (value,), tuple: value}.get(kind, ()):
         if not isinstance(text, str) or UNPRINTABLE.search(text):
-            raise ConfigError(f"{where}: must be text without control characters, not {ascii(text)[:200]}")
+            raise ConfigError(f"{where}: must be quoted text without control characters, not {ascii(text)[:200]}")
     return kind(value)
 
 

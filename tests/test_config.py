@@ -141,7 +141,7 @@ def test_a_bad_file_is_named(file, text, expected):
     ("--tied=", ["--tied=true"]), ("--resume=1", ["--resume=true"]), ("--lr=0", ["lr = 0.0", "greater than 0"]),
     ("--lr=nan", ["lr", "nan"]), ("--batch_rows=0", ["batch_rows 0", "at least 1"]),
     ("--micro_rows=-4", ["micro_rows", "-4"]), ("--seed=-1", ["seed", "-1", "negative"]),
-    ("--warmup=1", ["warmup", "1.0"]), ("--lr_min=2", ["lr_min", "2.0"]), ("--mask_span=0.5", ["mask_span", "0.5"]),
+    ("--warmup=1", ["warmup", "1.0"]), ("--lr_min_ratio=2", ["lr_min_ratio", "2.0"]), ("--mask_span=0.5", ["mask_span", "0.5"]),
     ("--block_size=1", ["block_size = 1", "at least 2"]), ("--keep=0", ["keep = 0", "greater than 0"]),
     ("--backbone=gpt2", ["backbone", "'gpt2'", "babyllama, ltg_bert"]),
     ("--optimizer=adam", ["optimizer", "'adam'", "adamw, lamb, muon"]),

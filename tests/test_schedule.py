@@ -117,7 +117,7 @@ def test_phases_with_the_same_objective_stay_apart():
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
 def test_learning_rate_rises_to_the_peak_and_falls_to_the_end(decay):
-    s = schedule("37_CLM", 3, lr=2.0, lr_min=0.1, warmup=0.09, decay=decay)  # 111 steps, 10 of them warm-up
+    s = schedule("37_CLM", 3, lr=2.0, lr_min_ratio=0.1, warmup=0.09, decay=decay)  # 111 steps, 10 of them warm-up
     rates = [s.learning_rate(step) for step in range(s.steps)]
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
     middle, quarter = 10 + 50, 10 + 25  # of the 101 steps after the warm-up
