@@ -1,9 +1,12 @@
 """What tests that train share: a small corpus with enough structure to learn, made here, and ways to call train.py."""
 
 import random
+import signal
 import subprocess
+import threading
 
 import pytest
+import torch
 
 import config
 import data
@@ -22,9 +25,25 @@ def corpus(tmp_path_factory) -> str:
     return str(folder / "corpus")
 
 
+@pytest.fixture(autouse=True)
+def as_before():
+    """One thread, since for models this small more only wait for each other; handlers that train.train sets go back."""
+    threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def until(process: subprocess.Popen, beginning: str):
-    """Wait for a line of a process's output."""
-    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+    """Wait for a line of a process's output, two minutes at most."""
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    try:
+        assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+    finally:
+        timer.cancel()
 
 
 def once(*args: str):

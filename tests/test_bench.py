@@ -1,5 +1,7 @@
 """What tools/bench.py compares is the same computation. Alone: python -m pytest tests/test_bench.py"""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,18 @@ def test_the_plain_ltg_bert_computes_the_same_loss_and_gradients(objective):
     assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-6)
     for a, b in zip(found[0][2], found[1][2]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("peer", [False, True])
+def test_a_case_times_its_steps(peer):
+    ours, theirs = multiprocessing.Pipe()
+    for request in ((1, False), (1, True), None):
+        ours.send(request)
+    args = ["--backbone=ltg_bert", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_ff=16", "--block_size=16"]
+    bench.worker(theirs, args, "MLM", False, peer, 4, 1, "cpu", False)
+    (whole, nothing), (split, parts), (memory, flops) = (ours.recv() for _ in range(3))
+    assert whole > 0 and not any(nothing.values()) and 0 < sum(parts.values()) <= split and memory > 0 and flops > 0
+    assert bench.ceiling(Settings(n_embd=16, n_ff=16, block_size=16), 4, torch.device("cpu"), False) > 0
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])

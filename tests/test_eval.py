@@ -163,10 +163,15 @@ def test_scores_of_real_pairs_equal_a_plain_reference(model_of, tokenizer, backb
 @pytest.mark.parametrize("mode", ["causal", "masked", "mntp"])
 def test_scores_do_not_depend_on_the_batch(model_of, tokenizer, mode):
     ids, first = evaluation.encode(OPTIONS, tokenizer, "line", "2025", mode)
-    one, *others = (evaluation.score(model_of["ltg_bert"], ids, first, mode, ["x"] * len(ids), batch_tokens=n)
-                    for n in (1, 23, 100, 100_000))
-    for other in others:
-        assert other == pytest.approx(one, abs=1e-5)
+    shapes, found = [], []
+    hook = model_of["ltg_bert"].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    for n in (1, 23, 100, 100_000):
+        found.append(evaluation.score(model_of["ltg_bert"], ids, first, mode, ["x"] * len(ids), batch_tokens=n))
+        assert all(rows == 1 or rows * T <= n for rows, T in shapes)
+        shapes.clear()
+    hook.remove()
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-5)
 
 
 def test_targets_start_where_hugging_face_offsets_say(folder, tokenizer):
@@ -221,7 +226,11 @@ def test_bfloat16_is_close_and_summed_in_float32(model_of, tokenizer):
     exact, rough = (evaluation.score(model_of["babyllama"], ids, first, "causal", ["x"] * len(ids), dtype=dtype)
                     for dtype in (torch.float32, torch.bfloat16))
     assert rough == pytest.approx(exact, rel=0.05) and (rough != exact).any()
-    assert (torch.tensor(rough).bfloat16().double().numpy() != rough).any()
+    row = tokenizer.encode_text("The cats sleep in the garden", "line")
+    x, n = np.array([row]), len(row) - 1
+    found = evaluation.log_probs(model_of["babyllama"], x[:, :-1], np.arange(n)[None], np.zeros(n, int), np.arange(n), x[0, 1:],
+                                 causal=True, dtype=torch.bfloat16)
+    assert (torch.as_tensor(found).bfloat16().double().numpy() != np.asarray(found)).any()  # single values keep their digits
 
 
 # ------------------------------------------------------------------------------------------------------- readers
@@ -250,6 +259,14 @@ def test_lines_may_be_blank_and_end_in_crlf(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\n" + line + b"\r\n\r\n" + line)
     items = evaluation.read_tasks(str(tmp_path))
     assert [i.where.rpartition(":")[2] for i in items] == ["2", "4"]
+
+
+def test_a_subset_whose_lines_name_several_groups_keeps_all_its_items(tmp_path):
+    pairs = [dict(sentence_good="G.", sentence_bad="B.", linguistics_term=term) for term in ("g2", "g1", "g2")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    result = evaluation.summarize(evaluation.read_tasks(str(tmp_path)), {"causal": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]})
+    assert result["items"] == 3 and result["subsets"]["x"]["group"] == "g2"
+    assert result["accuracy"]["causal"] == pytest.approx(200 / 3)
 
 
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="needs BLiMP as filtered for BabyLM beside the repository")

@@ -351,3 +351,11 @@ def test_the_specs_that_come_with_it_are_sound():
     for path in sorted((ROOT / "config" / "experiments").glob("*.py")):
         spec = config.load(experiment.Spec, [str(path)])
         assert len({spec.epochs(arm) for arm in spec.arms}) == 1 and len(path.read_text().splitlines()) <= 40
+
+
+def test_a_worker_sees_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    found = experiment.find_workers(experiment.Spec(arms={"a": {}}, workers=("cuda:1", "cuda:3")))
+    assert found == [("cuda", {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": gpu}) for gpu in "57"]

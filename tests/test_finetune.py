@@ -213,16 +213,45 @@ def test_a_second_call_does_only_what_is_missing(run, glue, capsys):
 
 
 def test_mnli_mm_is_scored_with_the_model_of_mnli(run, glue, capsys):
+    rows = [json.loads(line) | {"label": 1} for line in (glue / "mnli-mm.valid.jsonl").read_text().splitlines()]
+    write(glue / "mnli-mm.valid.jsonl", rows)  # the same texts with other labels
     result = tune(run, f"--data={glue}", "--tasks=mnli-mm,mnli --epochs=2", "--limit=30")
     its, matched = result["tasks"]["mnli-mm"]["seeds"]["12"], result["tasks"]["mnli"]["seeds"]["12"]
     assert its["epoch"] == matched["epoch"] and len(its["predictions"]) == 30
-    assert its["predictions"] == matched["predictions"]  # the two valid files are alike here
+    assert its["predictions"] == matched["predictions"]
+    assert its["accuracy"] == pytest.approx(100 * its["predictions"].count(1) / 30)
     assert "PARTIAL" in capsys.readouterr().out
 
 
 def test_a_task_may_have_its_own_settings(run, glue):
     result = tune(run, f"--data={glue}", "--tasks=rte --epochs=2 --patience=0,cola", "--epochs=1")
     assert result["tasks"]["rte"]["settings"]["epochs"] == 2 and result["tasks"]["cola"]["settings"]["epochs"] == 1
+
+
+def test_a_task_has_its_own_seeds_and_not_its_own_device(run, glue):
+    result = tune(run, f"--data={glue}", "--tasks=rte --seeds=7,cola", "--epochs=1")
+    assert [[*result["tasks"][name]["seeds"]] for name in ("rte", "cola")] == [["7"], ["12"]]
+    for tasks, said in (("rte --device=cpu", "rte: device"), ("mnli,mnli-mm --lr=1", "mnli-mm: lr")):
+        with pytest.raises(config.ConfigError, match=f"{said} cannot be set for this task alone"):
+            tune(run, f"--data={glue}", f"--tasks={tasks}", "--epochs=1")
+
+
+@pytest.mark.parametrize("select, patience, chosen, trained", [
+    ("f1", 1, 1, 2), ("metric", 1, 3, 4), ("loss", 1, 2, 3), ("f1", 0, 5, 5), ("loss", 0, 2, 5)])
+def test_the_best_epoch_counts_and_patience_ends_it(monkeypatch, select, patience, chosen, trained):
+    """F1 is best at first and last, accuracy rises with the third epoch, the loss is lowest after the second."""
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    script = [([1] * 6, 0.9), ([0] * 6, 0.3), ([0] * 5 + [1], 0.5), ([0] * 5 + [1], 0.6), ([0] * 4 + [1, 1], 0.7)]
+    calls, split = iter(script), ([[1, 5, 6]] * 6, labels, [0, 1])
+
+    def predict(*_):
+        predictions, loss = next(calls)
+        return np.array(predictions), loss
+
+    monkeypatch.setattr(finetune, "predict", predict)
+    s = finetune.Settings(select=select, patience=patience, epochs=5, batch_rows=6)
+    found = finetune.finetune(make_model("babyllama"), split, {"rte": split}, [False] * 2, "start", s, 12)["rte"]
+    assert found["epoch"] == chosen and found["predictions"] == script[chosen - 1][0] and len([*calls]) == 5 - trained
 
 
 @pytest.mark.parametrize("schedule, mask, pool", [("4_CLM", "causal", "last"), ("1_CLM+1_MLM", "full", "start")])
@@ -241,7 +270,8 @@ def test_the_macro_average_names_what_is_missing(run, glue, capsys):
     five = blimp | {"accuracy": {"causal": 50.0}, "subsets": dict.fromkeys("abcde", {})}
     eleven = blimp | {"kind": "ewok", "accuracy": {"causal": 60.0}, "subsets": dict.fromkeys("abcdefghijk", {})}
     (run / "eval_more_10.json").write_text(json.dumps(whole | {"tasks": {"supplement": five, "ewok": eleven}}))
-    assert "macro average 55.0" in finetune.four_parts(run, 10, 40.0)
+    (run / "eval_blimp_filtered_100.json").write_text(json.dumps(whole | {"step": 100}).replace("70.0", "99.0"))
+    assert "macro average 55.0" in finetune.four_parts(run, 10, 40.0)  # not with the score of step 100
 
 
 BAD = [

@@ -53,14 +53,6 @@ llamas = pytest.mark.parametrize("kind", ["untied", "tied"])
 both_modes = pytest.mark.parametrize("causal", [True, False], ids=["causal", "open"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def make_run(run: Path, backbone: str, tied: bool, boundary: str, words: int | None = 1_234_567, step: int = 5):
     """A run folder with one checkpoint of random weights, large enough that every position matters to every other."""
     run.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ The long form of the first test: python tools/kill.py --kills 50
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -48,15 +49,6 @@ def run(*args: str, code: int = 0) -> str:
 once, refusal = (partial(call, *TINY) for call in (conftest.once, conftest.refusal))
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Handlers that train.train sets in this process go back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A function that mounts a small file system of so many bytes -> its folder."""
@@ -76,6 +68,36 @@ def disk(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- kills
+
+
+def flip_a_bit(run: Path, part: str):
+    path = checkpoints(run)[0]
+    content = load_checkpoint(path)
+    tensor = content["model"]["head.norm.weight"] if part == "model" else content["optimizer"][0]["state"][0]["exp_avg"]
+    tensor.view(torch.int32).view(-1)[0] ^= 1
+    torch.save(content | {"sha256": model.digest(content)}, path)
+
+
+def change_a_number(run: Path):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(lines[3])
+    lines[3] = json.dumps(entry | {"grad_norm": entry["grad_norm"] * (1 + 1e-12)})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_whatever_differs_between_two_runs_is_seen(corpus, tmp_path):
+    """What the other tests here rely on."""
+    once(f"--corpus={corpus}", f"--out_dir={tmp_path / 'whole'}", "--precision=float32")
+    for i, (change, said) in enumerate([
+            (lambda run: flip_a_bit(run, "model"), ": model"), (lambda run: flip_a_bit(run, "optimizer"), ": optimizer"),
+            (change_a_number, "metrics.jsonl"), (lambda run: checkpoints(run)[1].unlink(), "checkpoints ["),
+            (lambda run: (run / "source" / ".x.part").touch(), "left behind")]):
+        other = tmp_path / str(i)
+        shutil.copytree(tmp_path / "whole", other)
+        assert kill.differences(tmp_path / "whole", other) == []
+        change(other)
+        found, = kill.differences(tmp_path / "whole", other)
+        assert said in found
 
 
 def test_killed_runs_end_as_one_that_was_not(tmp_path):
@@ -273,7 +295,7 @@ def test_a_folder_that_vanishes_ends_the_run(corpus, tmp_path):
 # ---------------------------------------------------------------------------------------------- signals, two runs
 
 
-def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
     args = [f"--corpus={corpus}", f"--out_dir={tmp_path}", "--schedule=40_CLM", "--save_every=3"]
     first = start(*args)
     until(first, "step 4/")
@@ -282,19 +304,28 @@ def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path, capsys):
     assert first.poll() is None  # undisturbed
     first.kill()
     first.communicate()
-    once(*args, "--resume")  # the lock died with its process
-    assert f"run {tmp_path}, resumed after step " in capsys.readouterr().out
+    assert "was trained with lr=0.003, not 0.001" in refusal(*args, "--resume", "--lr=1e-3")  # past the lock: it died, too
 
 
 def test_the_second_interrupt_ends_the_run_at_once(corpus, tmp_path):
     args = [f"--corpus={corpus}", f"--out_dir={tmp_path}", "--save_every=1", "--schedule=9_CLM", "--eval_every=99",
             "--n_layer=6", "--n_embd=128", "--micro_rows=1", "--batch_rows=480"]
     process = start(*args)  # a step takes seconds: one micro-batch a row
+    def wait(what):
+        end = time.time() + 60
+        while not what():
+            assert time.time() < end
+            time.sleep(0.005)
+
+    def catches() -> int:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)[1]
+        return int(caught, 16) >> (signal.SIGINT - 1) & 1
+
     until(process, "step 1/")
-    time.sleep(0.4)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+    wait(lambda: checkpoints(tmp_path))
+    process.send_signal(signal.SIGINT)
+    wait(lambda: not catches())
+    process.send_signal(signal.SIGINT)
     said, error = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and said == error == "", said + error  # no step finished, nothing saved
     path, = checkpoints(tmp_path)

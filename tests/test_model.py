@@ -30,14 +30,6 @@ both = pytest.mark.parametrize("backbone", BACKBONES)
 both_modes = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # for models this small, more only wait for each other: 10 times slower on a busy machine
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def tiny(backbone: str, **changes) -> Transformer:
     """A float64 model in eval mode whose weights are large enough that every position matters to every other."""
     torch.manual_seed(6)  # from which greedy sampling does not fall into a loop at once
@@ -424,6 +416,25 @@ def test_dropout_drops_that_share_and_keeps_the_mean():
     assert torch.equal(dropout(x, 0.0), x)
 
 
+def test_babyllama_starts_as_published():
+    torch.manual_seed(1)
+    for name, p in Transformer(ModelConfig("babyllama", 300, 3, 2, 40, 64)).named_parameters():
+        assert (p == 1).all() if p.dim() == 1 else p.std().item() == pytest.approx(0.02, rel=0.06), name
+
+
+ROWS, SCORES = (3, 5, 16), (3, 2, 5, 5)
+
+
+@pytest.mark.parametrize("backbone, shapes", [
+    ("babyllama", [SCORES, ROWS, ROWS] * 2),  # probabilities, attention's output, feed-forward's output
+    ("ltg_bert", [ROWS, *[(7, 16), SCORES, ROWS, ROWS] * 2, ROWS])])  # embedding; in each layer the table before them; head
+def test_where_dropout_acts(monkeypatch, backbone, shapes):
+    seen = []
+    monkeypatch.setattr("model.dropout", lambda x, p: (seen.append((tuple(x.shape), p)), x)[1])
+    tiny(backbone, dropout=0.2).train()(random_tokens(3, 5), causal=True)
+    assert seen == [(shape, 0.2) for shape in shapes]
+
+
 @both
 def test_dropout_acts_in_training_only(backbone):
     model, tokens = tiny(backbone, dropout=0.2), random_tokens(2, 8)
@@ -489,6 +500,23 @@ def test_the_loss_in_chunks_equals_the_plain_one(rows, n, with_bias):
         results.append([value.detach().double(), *(y.grad for y in leaves if y is not None)])
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@both
+def test_in_bfloat16_the_loss_is_summed_in_float32(backbone):
+    model, tokens = tiny(backbone).float(), random_tokens(40, 24)
+    exact, _ = model(tokens, tokens, causal=True)
+    expected = torch.cat([g.flatten() for g in gradients(model, exact)])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(tokens, tokens, causal=True)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.05) and loss != exact
+    assert F.cosine_similarity(torch.cat([g.flatten() for g in gradients(model, loss)]), expected, dim=0) > 0.98
+    x = torch.randn(40, 24, 16)  # and the loss itself, of the same logits
+    w, t = torch.randn(31, 16), tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = VocabularyLoss.apply(x, w, None, t, False)
+    logits = (x.bfloat16() @ w.bfloat16().T).float()
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), t.flatten(), reduction="sum").item(), rel=1e-6)
 
 
 def test_the_loss_without_gradients_is_the_same():
