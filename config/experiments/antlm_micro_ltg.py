@@ -16,9 +16,10 @@ arms = {
     "biphasic": dict(schedule="12_CLM+12_MLM"),
     "mixed": dict(schedule="24_CLM:MLM"),
     "mntp": dict(schedule="24_1CLM:15MNTP", modes=("causal", "mntp")),
+    "causal_then_mixed": dict(schedule="12_CLM+12_CLM:MLM"),
 }
 baseline = "mlm"
-seeds = 3
+seeds = 2
 
 tasks = ("blimp_filtered",)
 limit = 90
