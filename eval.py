@@ -350,6 +350,7 @@ def load_run(path: str, device: str):
 
 
 def pick_device(name: str) -> str:
+    """The device to score on, set up for rows of many lengths; raises EvalError where torch does not find it."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to a second, for every new shape
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in found if found[d]) if name == "auto" else name

@@ -409,7 +409,8 @@ def train(s: Settings):
                 f.write(json.dumps(entry) + "\n")
 
     for step in range(first, schedule.steps):
-        (epoch, step_in_epoch), phase = schedule.epoch(step), schedule.phases[schedule.phase(step)]
+        epoch, step_in_epoch = schedule.epoch(step)
+        phase = schedule.phases[schedule.phase(step)]
         shares, parts = phase.rows(s.batch_rows), phase.micro_batches(s.batch_rows, s.micro_rows, p.world)
         mine, rate = parts[p.rank::p.world], schedule.mask_rate(step)
         micro = [batches.batch(objective, epoch, step_in_epoch, np.array(rows), rate) for objective, _, rows in mine]
@@ -488,12 +489,12 @@ if __name__ == "__main__":
         sys.exit(130)
     except OSError as e:
         line = f"{e.filename or s.out_dir}: {e.strerror}; finished checkpoints are whole: mend this, then go on with --resume"
+    except torch.OutOfMemoryError:
+        line = f"process {os.environ.get('RANK', 0)}: the GPU's memory is full; lower --micro_rows, the batch stays the same"
     except RuntimeError as e:
-        if not (full := isinstance(e, torch.OutOfMemoryError)) and "gloo" not in str(e):
+        if "gloo" not in str(e):
             raise
-        line = f"process {os.environ.get('RANK', 0)}: " + (
-            "the GPU's memory is full; lower --micro_rows, the batch stays the same" if full else
-            "lost contact with another one; go on from the newest checkpoint with --resume")
+        line = f"process {os.environ['RANK']}: lost contact with another one; go on from the newest checkpoint with --resume"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once the first process has said it, torchrun ends the others
     time.sleep(3 * (os.environ.get("LOCAL_RANK", "0") != "0"))
     sys.exit(f"train.py: {line}")

@@ -311,6 +311,7 @@ def test_the_second_interrupt_ends_the_run_at_once(corpus, tmp_path):
     args = [f"--corpus={corpus}", f"--out_dir={tmp_path}", "--save_every=1", "--schedule=9_CLM", "--eval_every=99",
             "--n_layer=6", "--n_embd=128", "--micro_rows=1", "--batch_rows=480"]
     process = start(*args)  # a step takes seconds: one micro-batch a row
+
     def wait(what):
         end = time.time() + 60
         while not what():

@@ -322,11 +322,10 @@ def test_it_learns_and_the_folder_says_how(corpus, tmp_path):
     folder = tmp_path / "run"
     said = run(*TINY, "--schedule=3_CLM+3_MLM", f"--corpus={corpus}", f"--out_dir={folder}", "--lr=1e-2", "--log_every=10")
     assert re.search(r"step 10/\d+  epoch 0\.\d+/6  3_CLM  CLM \d\.\d+  lr \S+  [\d,]+ tokens/s  \d+:\d\d left", said)
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    dev = [e["dev"] for e in entries if "dev" in e]
+    dev = [e["dev"] for e in entries(folder) if "dev" in e]
     assert len(dev) == 6 and all(d.keys() == {"CLM", "MLM"} for d in dev)
     assert dev[2]["CLM"] < dev[0]["CLM"] and dev[5]["MLM"] < dev[2]["MLM"]
-    assert entries[-1]["words"] == 6 * json.loads((Path(corpus) / "meta.json").read_text())["train"]["words"]
+    assert entries(folder)[-1]["words"] == 6 * json.loads((Path(corpus) / "meta.json").read_text())["train"]["words"]
     assert (folder / "source" / "train.py").read_text() == (ROOT / "train.py").read_text()
     assert json.loads((folder / "settings.json").read_text())["lr"] == 1e-2
     assert (folder / "tokenizer.json").exists()

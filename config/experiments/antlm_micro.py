@@ -1,5 +1,6 @@
 # Does alternating beat either objective alone at equal epochs? The reduced study, for a CPU: a BabyLlama of 3.4 million
-# parameters, 24 epochs of a 50th of the text (200 thousand of 10 million words), a tenth of BLiMP, two seeds. Results: RESULTS.md.
+# parameters, 24 epochs of a 50th of the text (200 thousand of 10 million words), a tenth of BLiMP, two seeds. What came of
+# it: RESULTS.md.
 text = "babylm_10M"
 dev = "babylm_dev"
 slice = 50  # of every 50 blocks of 100 lines of each file the first, so each source keeps its share
