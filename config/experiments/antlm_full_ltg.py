@@ -15,3 +15,5 @@ seeds = 3
 
 tasks = ("blimp_filtered",)
 modes = ("causal", "masked")
+glue = ("rte", "mrpc", "cola", "sst2", "wsc")
+glue_data = "evaluation_data/glue_filtered"

@@ -10,7 +10,7 @@ settings = dict(
     eval_every=200, compile="on",
 )
 arms = {f"{objective}_{lr}": dict(schedule=f"6_{objective}", lr=lr)
-        for objective in ("CLM", "MLM") for lr in (5e-3, 1e-2, 2e-2)}
+        for objective in ("CLM", "MLM") for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)}
 seeds = 1
 first_seed = 9
 
