@@ -471,8 +471,8 @@ def train(s: Settings):
         p.say(f"trained {run} in {(time.time() - began) / 60:.1f} minutes")
         torch.cuda.empty_cache()  # eval.py may need it
         for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]) if s.score and p.rank == 0 else ():
-            p.say("python eval.py", shlex.join([s.out_dir, *arguments]))
-            if subprocess.run([sys.executable, "eval.py", s.out_dir, *arguments]).returncode:
+            p.say("python", shlex.join(command := [os.path.relpath(Path(__file__).with_name("eval.py")), s.out_dir, *arguments]))
+            if subprocess.run([sys.executable, *command]).returncode:
                 raise TrainError(f"{run}: trained and saved, but the evaluation above failed; repeat it by hand")
     code = 128 + (stop[0] if stop else signal.SIGTERM) if halt else 0
     if halt or p.world > 1:  # to take torch.distributed down aborts one process in fifty (2.13, gloo)

@@ -290,6 +290,11 @@ def test_a_missing_corpus_is_made_and_the_end_is_scored(corpus, tmp_path, monkey
     asked.clear()
     codes["eval.py"] = 1
     assert "trained and saved, but" in refusal(*args, "--resume") and asked[0][0] == "eval.py"  # not prepared again
+    codes.clear()
+    asked.clear()
+    monkeypatch.chdir(tmp_path)  # a run may start in any folder
+    once(*args, "--resume")
+    assert Path(asked[0][0]).resolve() == ROOT.resolve() / "eval.py"
 
 
 OTHER = dict(  # settings that another run has; all others are free
