@@ -58,8 +58,9 @@ def scored(tmp_path_factory) -> Path:
             scores["causal"][0] = [-3.0, -3.0]
         result = {"kind": items[0].kind, "options_sha256": evaluation.fingerprint(items)}
         result |= evaluation.summarize(items, scores)
-        evaluation.write_result(run / f"eval_{task}_10.json", {
-            "step": 10, "partial": False, "protocol": "2025", "modes": list(MODES), "task": str(path), "tasks": {task: result}})
+        for protocol, name in (("2025", f"eval_{task}_10.json"), ("2024", f"eval_{task}_10_2024.json")):
+            evaluation.write_result(run / name, {
+                "step": 10, "partial": False, "protocol": protocol, "modes": list(MODES), "task": str(path), "tasks": {task: result}})
     rng = random.Random(2)
     tasks = {task: {"seeds": {"12": {"predictions": [rng.randint(0, 1) for _ in range(n)]}}} for task, n in GLUE.items()}
     evaluation.write_result(run / "glue_10.json", {"step": 10, "tasks": tasks})
@@ -139,24 +140,24 @@ def test_what_is_missing_is_named_and_nothing_is_written(scored, tmp_path, call)
     code, _, err = call(run, "--year=2024", "--mode=causal", "--out", tmp_path / "s", "--incomplete")
     assert code == 1 and "exists already" in err
     code, _, err = call(scored / "run", "--year=2025", "--mode=mntp", "--out", tmp_path / "t")
-    assert code == 1 and "missing in mntp mode at step 10: blimp" in err
+    assert code == 1 and "missing in mntp mode, protocol 2025, at step 10: blimp" in err
 
 
 def test_wrong_counts_and_changed_data_are_refused(scored, tmp_path, call):
     run = copy_results(scored, tmp_path / "run", "supplement")
-    result = evaluation.read_result(scored / "run" / "eval_supplement_filtered_10.json")
+    result = evaluation.read_result(scored / "run" / "eval_supplement_filtered_10_2024.json")
     source, short = Path(result["task"]), tmp_path / "supplement_filtered"
     short.mkdir()
     for file in source.glob("*.jsonl"):
         lines = file.read_text().splitlines(keepends=True)
         (short / file.name).write_text("".join(lines[file.stem == "hypernym":]))
-    evaluation.write_result(run / "eval_supplement_filtered_10.json", result | {"task": str(short)})
+    evaluation.write_result(run / "eval_supplement_filtered_10_2024.json", result | {"task": str(short)})
     code, _, err = call(run, "--year=2024", "--mode=causal", "--out", tmp_path / "s")
     assert code == 1 and "no longer holds the items" in err and len(err.splitlines()) == 1
     items = evaluation.read_tasks(short)
     scores = {mode: [[0.0, -1.0] for _ in items] for mode in MODES}
     task = {"kind": "blimp", "options_sha256": evaluation.fingerprint(items)} | evaluation.summarize(items, scores)
-    evaluation.write_result(run / "eval_supplement_filtered_10.json",
+    evaluation.write_result(run / "eval_supplement_filtered_10_2024.json",
                             result | {"task": str(short), "tasks": {"supplement_filtered": task}})
     code, _, err = call(run, "--year=2024", "--mode=causal", "--out", tmp_path / "s")
     assert code == 1 and "blimp_supplement has 841 hypernym where the challenge has 842" in err
@@ -165,6 +166,21 @@ def test_wrong_counts_and_changed_data_are_refused(scored, tmp_path, call):
     evaluation.write_result(run / "glue_10.json", {"step": 10, "tasks": {"boolq": {"seeds": {"12": {"predictions": [1]}}}}})
     code, _, err = call(run, "--year=2025", "--mode=causal", "--out", tmp_path / "s")
     assert code == 1 and "boolq has 1 predictions where the challenge has 1,635" in err
+
+
+def test_a_smaller_set_or_another_protocol_does_not_stand_for_the_whole(scored, tmp_path, call):
+    run = copy_results(scored, tmp_path / "run", "_2024")
+    whole = evaluation.read_result(run / "eval_ewok_filtered_10.json")
+    few = [item for item in evaluation.read_tasks(whole["task"]) if item.subset == "agent-properties"][:100]
+    fast = {"kind": "ewok", "options_sha256": "", **evaluation.summarize(few, {mode: [[0.0, -1.0]] * 100 for mode in MODES})}
+    evaluation.write_result(run / "eval_fast_eval_10.json", whole | {"tasks": {"ewok_fast": fast}})  # newer, and passed over
+    code, _, err = call(run, "--year=2025", "--mode=causal", "--out", tmp_path / "s")
+    assert code == 0, err
+    (run / "eval_ewok_filtered_10.json").unlink()
+    code, _, err = call(run, "--year=2025", "--mode=causal", "--out", tmp_path / "t")
+    assert code == 1 and "ewok has 100 agent-properties where the challenge has 2,210" in err
+    code, _, err = call(run, "--year=2024", "--mode=causal", "--out", tmp_path / "u")
+    assert code == 1 and "protocol 2024, at step 10: blimp, blimp_supplement, ewok; score them" in err
 
 
 def test_an_empty_run_and_a_bad_name_are_refused(tmp_path, call):

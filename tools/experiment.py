@@ -72,7 +72,7 @@ class Spec:
     vocab_size: int = 16384  # tokens
     prepare: tuple = ()  # or by these commands, each a Python file with its arguments
     # how it is scored
-    tasks: tuple = ("blimp_filtered",)  # for eval.py --task
+    tasks: tuple = ("evaluation_data/blimp_filtered",)  # for eval.py --task
     limit: int = 0  # only so many items of each file, from its start; 0: all
     modes: tuple = ("causal", "masked")  # or mntp
     glue: tuple = ()  # tasks of finetune.py: "rte", or with flags for it alone: "wsc --epochs=30"

@@ -69,15 +69,24 @@ def check_counts(part: str, found: dict[str, int], where: str):
                         f"{expected.get(name, 0):,}; score the challenge's whole set")
 
 
-def find_parts(results: dict[Path, dict], mode: str, wanted) -> dict[str, tuple[Path, str]]:
-    """The newest file that holds each wanted part whole in that mode, and the part's name in it; counts are checked."""
-    parts = {}
+def find_parts(results: dict[Path, dict], mode: str, year: str, wanted) -> dict[str, tuple[Path, str]]:
+    """The newest file that holds each wanted part whole, in that mode and that year's protocol, and the part's name in it.
+
+    Raises EvalError where a part was scored on sets of other counts alone.
+    """
+    parts, other = {}, {}
     for file, result in results.items():
-        for task, scored in result["tasks"].items() if not result["partial"] and mode in result["modes"] else []:
+        usable = not result["partial"] and mode in result["modes"] and result["protocol"] == year
+        for task, scored in result["tasks"].items() if usable else []:
             part = part_name(scored["kind"], scored["subsets"])
             if part in wanted:
-                check_counts(part, {uid(part, name): subset["items"] for name, subset in scored["subsets"].items()}, str(file))
-                parts[part] = file, task
+                try:
+                    check_counts(part, {uid(part, name): subset["items"] for name, subset in scored["subsets"].items()}, str(file))
+                    parts[part] = file, task
+                except EvalError as e:  # such as the challenge's fast_eval, which may stand beside the whole set
+                    other[part] = e
+    for part in other.keys() - parts.keys():
+        raise other[part]
     return {part: parts[part] for part in wanted if part in parts}
 
 
@@ -140,10 +149,11 @@ def main(argv: list[str] | None = None):
     glue_file = a.run / f"glue_{step}.json"
     tasks, missing = glue(glue_file, results.pop(glue_file, {"tasks": {}})["tasks"], a.year)
     wanted = ("blimp", "blimp_supplement", "ewok") if a.year == "2024" else tuple(FOLDER_2025)
-    found = find_parts({file: result for file, result in results.items() if "modes" in result}, a.mode, wanted)
+    found = find_parts({file: result for file, result in results.items() if "modes" in result}, a.mode, a.year, wanted)
     missing = [part for part in wanted if part not in found] + missing
     if missing and not a.incomplete:
-        raise EvalError(f"{a.run}: missing in {a.mode} mode at step {step}: {', '.join(missing)}; score them, or --incomplete")
+        raise EvalError(f"{a.run}: missing in {a.mode} mode, protocol {a.year}, at step {step}: {', '.join(missing)}; "
+                        f"score them (eval.py --protocol {a.year}), or --incomplete")
     parts, ties, read = {}, 0, functools.cache(read_tasks)  # one result may hold several parts
     for part, (file, task) in found.items():
         parts[part], n = zero_shot(file, results[file], read(results[file]["task"]), part, task, a.mode, a.year)

@@ -13,7 +13,7 @@ arms = {
 baseline = "clm"
 seeds = 3
 
-tasks = ("blimp_filtered",)
+tasks = ("evaluation_data/blimp_filtered",)
 modes = ("causal", "masked")
 glue = ("rte", "mrpc", "cola", "sst2", "wsc")
 glue_data = "evaluation_data/glue_filtered"

@@ -1,5 +1,5 @@
-# The published comparison for LTG-BERT (arXiv 2412.03275) at the small size: 27.7M parameters, 10M words, 72 epochs,
-# for a GPU. The schedule is AntLM's as its authors' tables are remembered: check it against the paper.
+# AntLM's comparison for LTG-BERT (arXiv 2412.03275), with the small model: 27.7M parameters where the paper has base (98M);
+# 10M words, 72 epochs, for a GPU. The schedule is AntLM's as its authors' tables are remembered: check it against the paper.
 text = "babylm_10M"
 dev = "babylm_dev"
 corpus = "corpora/babylm_16384"
@@ -13,7 +13,7 @@ arms = {
 baseline = "mlm"
 seeds = 3
 
-tasks = ("blimp_filtered",)
+tasks = ("evaluation_data/blimp_filtered",)
 modes = ("causal", "masked")
 glue = ("rte", "mrpc", "cola", "sst2", "wsc")
 glue_data = "evaluation_data/glue_filtered"

@@ -22,6 +22,6 @@ arms = {
 baseline = "clm"  # --table --baseline=mlm shows the differences from the other one
 seeds = 2
 
-tasks = ("blimp_filtered",)
+tasks = ("evaluation_data/blimp_filtered",)
 limit = 90  # of about 890 pairs of each file
 modes = ("causal", "masked")

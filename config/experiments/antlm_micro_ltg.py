@@ -21,6 +21,6 @@ arms = {
 baseline = "mlm"
 seeds = 2
 
-tasks = ("blimp_filtered",)
+tasks = ("evaluation_data/blimp_filtered",)
 limit = 90
 modes = ("causal", "masked")
