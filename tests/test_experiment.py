@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -111,7 +112,7 @@ def test_a_failing_arm_is_reported_and_the_others_go_on(study):
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.split("runs left")[-2].splitlines()]
     for seed in (1, 2):
         assert f"bad_{seed}: FAILED, exit code 1" in said and ["FAILED", "bad", str(seed), *5 * [""]] in table
-        assert f"out/bad_{seed}: train.py: " in said and f"bad_{seed}: step 2: gradient norm nan is not finite" in said
+        assert f"out/bad_{seed}: exit code 1: train.py: " in said and f"bad_{seed}: step 2: gradient norm nan is not finite" in said
     assert "2 of 6 runs left" in said
     assert {row[1] for row in table if row[:1] == ["pairs causal"]} == {"clm", "antlm"}
 
@@ -196,7 +197,8 @@ def test_pictures(study):
 @pytest.mark.parametrize("change, expected", [
     ("lr = 1", "'lr' is not a setting"),  # of the experiment
     ('arms["clm"]["lr"] = 1e-4', "clm_1: was trained with lr=0.003, not 0.0001"),
-    ("slice = 3", "slice 1, not 3")])
+    ("slice = 3", "began with slice = 1, not 3"),
+    ("settings |= dict(eval_rows=8)", "with eval_rows=16, not 8")])
 def test_a_changed_spec_is_not_mixed_with_old_runs(study, tmp_path, change, expected):
     (tmp_path / "spec.py").write_text((study / "spec.py").read_text() + change + "\n")
     with pytest.raises(config.ConfigError) as error:
@@ -219,10 +221,57 @@ def test_a_mode_of_its_own_and_glue(study, tmp_path):
         assert Path(command[0]).name == name
         main(command[1:])
     assert experiment.next_command(spec, run) is None
-    found = experiment.measure(spec, run, {})
+    found = experiment.measure(spec, run, {"items": {}})
     assert {how for what, how in found if what == "pairs"} == {"mntp", "best mode"}
     score = json.loads(run.glue.read_text())["tasks"]["rte"]["seeds"]["12"]["score"]
     assert found["GLUE", "rte"][0] == found["GLUE", "mean of 1"][0] == score
+
+
+def test_scores_of_other_items_or_of_other_settings_do_not_count(study, tmp_path):
+    """Results outlive what they were made from: changed pairs, a quick look at GLUE, weights that are gone."""
+    def load(more: str) -> list:
+        (tmp_path / "spec.py").write_text((study / "spec.py").read_text().replace(BAD, "") + more)
+        return [str(tmp_path / "spec.py"), f"--out={study / 'out'}", "--table"]
+
+    (tmp_path / "pairs").mkdir()
+    for file in (study / "pairs").glob("*.jsonl"):
+        (tmp_path / "pairs" / file.name).write_text(file.read_text().replace("cat", "cow"))
+    with pytest.raises(experiment.EvalError, match="clm_1/eval_pairs_.*json: scored on other items of pairs than there are now"):
+        experiment.main(load(f"tasks = ({str(tmp_path / 'pairs')!r},)\n"))
+
+    spec = config.load(experiment.Spec, load(f"glue = ('rte --epochs=2', 'wsc')\nglue_data = {str(tmp_path)!r}\n"))
+    run = experiment.plan(spec, Corpus(spec.corpus))[0]
+    run.glue = tmp_path / "glue.json"
+    settings = vars(config.load(finetune.Settings, [f"--data={tmp_path}"])) | {"mask": "full", "pool": "start"}
+    seeds = {"12": {"score": 60.0}}
+    whole = {"rte": dict(settings=settings | {"epochs": 2}, seeds=seeds), "wsc": dict(settings=settings, seeds=seeds)}
+    for tasks, expected in ((whole, {"rte": 60.0, "wsc": 60.0}), (whole | {"wsc": dict(settings=settings, seeds={})}, {"rte": 60.0}),
+                            (whole | {"rte": dict(settings=settings, seeds=seeds)}, {"wsc": 60.0}),
+                            (whole | {"wsc": dict(settings=settings | {"limit": 4}, seeds=seeds)}, {"rte": 60.0})):
+        evaluation.write_result(run.glue, {"step": run.steps, "tasks": tasks})
+        assert experiment.glue_scores(spec, run) == expected
+
+    shutil.copytree(study / "out", tmp_path / "out")
+    for file in tmp_path.glob("out/*/step_*.pt"):
+        file.unlink()
+    with pytest.raises(config.ConfigError, match="clm_1: was trained with lr=0.003, not 0.001"):
+        experiment.main([*load("settings['lr'] = 1e-3\n"), f"--out={tmp_path / 'out'}"])
+
+
+def test_hours_left_are_those_of_the_finished_runs(study, tmp_path, capsys):
+    shutil.copytree(study / "out", tmp_path / "out")
+    text = (study / "spec.py").read_text().replace(BAD, "").replace("seeds = 2", "seeds = 3")
+    (tmp_path / "spec.py").write_text(text)
+    record, kept, hours = tmp_path / "out" / "processes.jsonl", [], 0
+    for line in map(json.loads, record.read_text().replace(str(study / "out"), str(tmp_path / "out")).splitlines()):
+        if line["state"] == "done":  # an hour a training, half of one a score, and a day a score of another limit
+            hours += 1 if "train.py" in line["command"] else 0.5
+            kept.append(line | {"seconds": 3600 if "train.py" in line["command"] else 1800})
+            kept.append(line | {"seconds": 86400, "command": line["command"].replace("--limit 0", "--limit 9")})
+    record.write_text("".join(json.dumps(line) + "\n" for line in kept if line["seconds"] < 86400 or "eval.py" in line["command"]))
+    assert experiment.main([str(tmp_path / "spec.py"), f"--out={tmp_path / 'out'}", "--table"]) == 0
+    hours *= 2 / 4  # four runs are finished, two are left
+    assert f"2 of 6 runs left, about {hours:.1f} hours" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -322,9 +371,11 @@ def test_a_slice_of_the_text_becomes_the_corpus(tmp_path):
     for name in ("a.train", "deep/a.train"):
         (text / name).write_text("".join(lines))
     (text / "a.dev").write_text("".join(lines[:50]))
-    (tmp_path / "spec.py").write_text('arms = {"a": {}}\nslice = 2\nvocab_size = 270\n')
+    (tmp_path / "spec.py").write_text('arms = {"a": {}}\nslice = 2\nvocab_size = 270\ntasks = ()\n')
     spec = config.load(experiment.Spec, [str(tmp_path / "spec.py"), f"--out={tmp_path / 'out'}", f"--text={text}",
                                          f"--corpus={tmp_path / 'corpus'}", f"--dev={text / 'a.dev'}"])
+    (tmp_path / "out" / "text").mkdir(parents=True)
+    (tmp_path / "out" / "text" / "old.train").write_text("of another text, by a call that failed\n")
     corpus, what = experiment.open_corpus(spec)
     for name in ("a.train", "deep/a.train"):
         assert (tmp_path / "out" / "text" / name).read_text() == "".join(lines[:100] + lines[200:300] + lines[400:])

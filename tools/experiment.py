@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ import config
 import finetune
 import plot
 from data import Batches, Corpus, DataError, text_files
-from eval import MODES, EvalError, read_result, read_tasks, result_name, write_result
+from eval import MODES, EvalError, fingerprint, read_result, read_tasks, result_name, write_result
 from model import checkpoints
 from schedule import parse
 from train import FREE, Settings
@@ -92,7 +93,7 @@ class Spec:
         return sum(phase.epochs for phase in parse(config.load(Settings, self.train_args(arm)).schedule))
 
     def modes_of(self, arm: str) -> list[str]:
-        return list(self.arms[arm].get("modes", self.modes))
+        return list((self.settings | self.arms[arm]).get("modes", self.modes))
 
     def check(self):
         """Raise ValueError, which names the setting, for a value or combination that cannot be."""
@@ -124,18 +125,16 @@ class Spec:
                              + "; make them equal, or set unequal_epochs = True")
 
 
-# ----------------------------------------------------------------------------------------------------- the plan
-
-
 def read_json(path: Path, lines: bool = False):
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
     except ValueError as e:
-        raise config.ConfigError(f"{path}: damaged ({e}); mend it, or remove its folder") from None
+        raise config.ConfigError(f"{path}: damaged ({e}); mend it, or remove it, a run's with its folder") from None
 
 
 def slice_text(text: str, out: Path, every: int):
-    """Write the first of every `every` blocks of BLOCK lines of each text file to a file of its name in `out`."""
+    """Write the first of every `every` blocks of BLOCK lines of each text file to a file of its name in `out`, anew."""
+    shutil.rmtree(out, ignore_errors=True)
     for file in text_files([text]):
         part = out / (file.relative_to(text) if Path(text).is_dir() else file.name)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -144,50 +143,52 @@ def slice_text(text: str, out: Path, every: int):
 
 
 def open_corpus(spec: Spec) -> tuple[Corpus, dict]:
-    """The corpus of all arms, made if it is missing, and what it is; raises DataError, ConfigError."""
-    if not Path(spec.corpus).exists() and not spec.table:
-        commands, text = spec.prepare, spec.text
-        if not commands:
-            if spec.slice > 1:
-                slice_text(spec.text, Path(text := f"{spec.out}/text"), spec.slice)
-            commands = (shlex.join([f"{HERE}/data.py", text, "--dev", spec.dev, "--out", spec.corpus,
-                                    "--vocab_size", str(spec.vocab_size)]),)
-        for command in commands:
-            print(f"python {command}", flush=True)
-            if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
-                raise DataError(f"{spec.corpus}: was missing, and the command that makes it failed: python {command}")
+    """The corpus of all arms, made if it is missing, and what it and the tasks hold; raises DataError, ConfigError."""
+    items = [x for task in spec.tasks if not spec.table or Path(task).exists() for x in read_tasks(task, spec.limit)]
+    Path(spec.out).mkdir(parents=True, exist_ok=True)
+    with open(Path(spec.out, "lock"), "ab") as lock:  # inherited: it lasts as long as the commands
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(spec.corpus).exists() and not spec.table:
+            if spec.slice > 1 and not spec.prepare:
+                slice_text(spec.text, Path(spec.out, "text"), spec.slice)
+            text = f"{spec.out}/text" if spec.slice > 1 else spec.text
+            own = [f"{HERE}/data.py", text, "--dev", spec.dev, "--out", spec.corpus, "--vocab_size", str(spec.vocab_size)]
+            for command in spec.prepare or [shlex.join(own)]:
+                print(f"python {command}", flush=True)
+                if subprocess.run([sys.executable, *shlex.split(command)], pass_fds=[lock.fileno()]).returncode:
+                    raise DataError(f"{spec.corpus}: was missing, and the command that makes it failed: python {command}")
     corpus, results = Corpus(spec.corpus), Path(spec.out, "results.json")
-    now = {name: corpus.meta["train"][name] for name in ("words", "tokens", "sha256")} | dict(slice=spec.slice)
-    then = read_json(results)["corpus"] if results.exists() else now
+    now = {name: corpus.meta["train"][name] for name in ("words", "tokens", "sha256")}
+    now |= dict(slice=spec.slice, dev_sha256=corpus.meta["dev"]["sha256"])
+    then = read_json(results)["corpus"] if results.exists() else {}
     for name in now:
-        if now[name] != then[name]:
-            raise config.ConfigError(f"{spec.out}: began with a corpus of {name} {then[name]}, not {now[name]}; "
+        if now[name] != then.get(name, now[name]):
+            raise config.ConfigError(f"{spec.out}: began with {name} = {then[name]}, not {now[name]}; "
                                      "remove it, or choose another --out")
-    return corpus, now
+    names = dict.fromkeys(x.task for x in items)
+    return corpus, now | {"items": {name: fingerprint([x for x in items if x.task == name]) for name in names}}
 
 
 def plan(spec: Spec, corpus: Corpus) -> list[SimpleNamespace]:
     """All runs, those of the first seed first; raises ConfigError where one has begun with other settings.
 
-    arm, seed, folder, log; args of train.py; last: its last checkpoint; tokens and tokens_a_step that it trains on;
-    modes and results: what eval.py is asked for, and a file for each task; glue: the file of finetune.py.
+    arm, seed, folder, log; args of train.py; steps, and last: the checkpoint after them; modes and results: what eval.py is
+    asked for, and a file for each task; glue: the file of finetune.py.
     """
     runs = []
     for seed, arm in ((seed, arm) for seed in range(spec.first_seed, spec.first_seed + spec.seeds) for arm in spec.arms):
         folder, modes = Path(spec.out, f"{arm}_{seed}"), spec.modes_of(arm)
         own = [f"--corpus={spec.corpus}", f"--out_dir={folder}", f"--seed={seed}", "--score="]
         s = config.load(Settings, args := spec.train_args(arm) + own)
-        batches = Batches(range(len(corpus.train)), corpus.vocab_size, s.block_size, s.batch_rows, seed, slots=1)
-        steps, a_step = batches.steps_per_epoch * spec.epochs(arm), s.batch_rows * s.block_size
-        asked = [SimpleNamespace(task=task, mode=modes, protocol="2025", dtype="float32", limit=spec.limit)
-                 for task in spec.tasks]
+        steps = spec.epochs(arm) * Batches(corpus.train, corpus.vocab_size, s.block_size, s.batch_rows, seed, 1).steps_per_epoch
+        asked = dict(mode=modes, protocol="2025", dtype="float32", limit=spec.limit)
         runs.append(SimpleNamespace(
             arm=arm, seed=seed, folder=folder, log=folder.with_name(f"{folder.name}.log"), args=args, modes=modes,
-            last=folder / f"step_{steps:07}.pt", tokens=steps * a_step, tokens_a_step=a_step,
-            results=[folder / result_name(x, steps) for x in asked], glue=folder / f"glue_{steps}.json"))
-        ours = asdict(s)
-        theirs = asdict(Settings()) | read_json(folder / "settings.json") if checkpoints(folder) else ours
-        for name in sorted(ours.keys() - FREE):
+            steps=steps, last=folder / f"step_{steps:07}.pt", glue=folder / f"glue_{steps}.json",
+            results=[folder / result_name(SimpleNamespace(task=task, **asked), steps) for task in spec.tasks]))
+        ours, begun = asdict(s), [*checkpoints(folder), *folder.glob("eval_*.json"), *folder.glob("glue_*.json")]
+        theirs = asdict(Settings()) | read_json(folder / "settings.json") if begun else ours
+        for name in sorted(ours.keys() - FREE | {"eval_rows", "precision"}):  # these change what is compared
             if theirs[name] != ours[name]:
                 raise config.ConfigError(f"{folder}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
                                          "remove it, or choose another --out")
@@ -199,22 +200,31 @@ def glue_flags(spec: Spec) -> list[str]:
 
 
 def glue_scores(spec: Spec, run: SimpleNamespace) -> dict[str, float]:
-    """Mean score, over finetune.py's seeds, of each GLUE task that is done."""
-    tasks = read_result(run.glue)["tasks"] if run.glue.exists() else {}
-    seeds = {name: tasks[name]["seeds"] for name in (task.split()[0] for task in spec.glue) if name in tasks}
-    return {name: statistics.mean(r["score"] for r in results.values()) for name, results in seeds.items() if results}
+    """Mean score, over finetune.py's seeds, of each GLUE task that is done as the spec asks."""
+    stored, scores = read_result(run.glue)["tasks"] if run.glue.exists() else {}, {}
+    asked = config.load(finetune.Settings, glue_flags(spec)).by_task() if stored and spec.glue else {}
+    for name, found in ((name, stored[name]) for name in asked if name in stored):
+        own = asked[name.removesuffix("-mm")]  # mnli-mm is of the model of mnli
+        same = all(found["settings"].get(key) == value for key, value in asdict(own).items()
+                   if value != "auto" and key not in ("tasks", "seeds", "out", "device", "n_open"))
+        if same and found["seeds"].keys() >= {*map(str, own.seeds)}:
+            scores[name] = statistics.mean(found["seeds"][str(seed)]["score"] for seed in own.seeds)
+    return scores
+
+
+def commands(spec: Spec, run: SimpleNamespace):
+    """Yield the processes that a run takes, but for --device, and whether each has done its work."""
+    yield run.last.exists(), [f"{HERE}/train.py", *run.args, "--resume"]
+    for task, result in zip(spec.tasks, run.results):
+        flags = ["--task", task, "--mode", *run.modes, "--limit", str(spec.limit)]
+        yield result.exists(), [f"{HERE}/eval.py", str(run.last), *flags]
+    if spec.glue:
+        yield len(glue_scores(spec, run)) == len(spec.glue), [f"{HERE}/finetune.py", str(run.last), *glue_flags(spec)]
 
 
 def next_command(spec: Spec, run: SimpleNamespace) -> list[str] | None:
-    """The process that a run needs next, but for --device; None when it is trained and scored."""
-    if not run.last.exists():
-        return [f"{HERE}/train.py", *run.args, "--resume"]
-    for task, result in zip(spec.tasks, run.results):
-        if not result.exists():
-            return [f"{HERE}/eval.py", str(run.last), "--task", task, "--mode", *run.modes, "--limit", str(spec.limit)]
-    if len(glue_scores(spec, run)) < len(spec.glue):
-        return [f"{HERE}/finetune.py", str(run.last), *glue_flags(spec)]
-    return None
+    """The process that a run needs next; None when it is trained and scored."""
+    return next((command for done, command in commands(spec, run) if not done), None)
 
 
 # ------------------------------------------------------------------------------------------------------ running
@@ -223,32 +233,32 @@ def next_command(spec: Spec, run: SimpleNamespace) -> list[str] | None:
 def find_workers(spec: Spec) -> list[tuple[str, dict]]:
     """--device and environment of each worker; raises ConfigError."""
     names = [x for name in spec.workers for x in (int(name) * ["cpu"] if name.isdigit() else [name])]
-    threads, n_gpu, workers = max(1, torch.get_num_threads() // len(names)), torch.cuda.device_count(), []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")
+    n, n_gpu, workers = max(1, torch.get_num_threads() // len(names)), torch.cuda.device_count(), []
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")
     for name in names:
         device, _, number = name.partition(":")
         if number and int(number) >= n_gpu:
             raise config.ConfigError(f"--workers={name}: torch sees {n_gpu} GPU(s), counted from 0")
-        gpu = {"CUDA_VISIBLE_DEVICES": visible[int(number)]} if number else {}
-        workers.append((device, {"OMP_NUM_THREADS": str(threads)} | gpu))
-    print(f"workers: {', '.join(names)}, with {threads} CPU thread(s) each", flush=True)
+        workers.append((device, {"OMP_NUM_THREADS": str(n)} | ({"CUDA_VISIBLE_DEVICES": seen[int(number)]} if number else {})))
+    print(f"workers: {', '.join(names)}, with {n} CPU thread(s) each", flush=True)
     return workers
 
 
 def launch(command: list[str], log: Path, env: dict) -> subprocess.Popen | None:
     """Start a process that writes to the log; None where another one, of this call or any other, still does."""
-    with open(log, "ab") as output:
+    with open(log, "ab", buffering=0) as output:
         try:
             fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)  # inherited: it lasts as long as the child
         except BlockingIOError:
             return None
+        output.write(f"$ python {shlex.join(command)}\n".encode())
         # In a session of its own: Ctrl-C reaches this process alone, which then sends one SIGTERM.
         return subprocess.Popen([sys.executable, *command], env=os.environ | env, stdin=subprocess.DEVNULL,
                                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def tail(log: Path, n: int) -> list[str]:
-    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-n:] or ["(no output)"]
+    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-n:]
 
 
 def work(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> int:
@@ -267,7 +277,7 @@ def work(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> int:
         state = "done" if code == 0 and left != command else "stopped" if stop else "failed"
         entry = dict(run=run.folder.name, state=state, began=time.strftime("%F %T", time.localtime(start)),
                      seconds=round(time.time() - start, 1), command=f"python {shlex.join(process.args[1:])}",
-                     said=tail(run.log, 1)[0])
+                     said=f"exit code {code}: {tail(run.log, 1)[0]}")
         with open(Path(spec.out, "processes.jsonl"), "a") as f:
             f.write(json.dumps(entry) + "\n")
         if state == "failed":
@@ -315,19 +325,17 @@ def work(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> int:
 # -------------------------------------------------------------------------------------------------- the results
 
 
-def measure(spec: Spec, run: SimpleNamespace, texts: dict) -> dict[tuple[str, str], tuple]:
-    """What a finished run is worth: (what, how): number, and of a task the share of each item by file, else None.
-
-    texts: hash of each task's items as earlier runs had them; raises EvalError where this one had others.
-    """
+def measure(spec: Spec, run: SimpleNamespace, corpus: dict) -> dict[tuple[str, str], tuple]:
+    """What a run is worth: (what, how): number, and of a task the share of each item by file, else None; raises EvalError."""
     entries, found = read_json(run.folder / "metrics.jsonl", lines=True), {}
     dev = [entry for entry in entries if "dev" in entry][-1]
     for objective, loss in dev["dev"].items():
         found["dev loss", objective] = loss, None
     for file in run.results:
         for task, result in read_result(file)["tasks"].items():
-            if texts.setdefault(task, result["options_sha256"]) != result["options_sha256"]:
-                raise EvalError(f"{file}: other items of {task} than in the runs before it; remove it and call again")
+            if corpus["items"].get(task, result["options_sha256"]) != result["options_sha256"]:
+                raise EvalError(f"{file}: scored on other items of {task} than there are now; remove this file in all runs' "
+                                "folders, and they are scored anew")
             by_mode = {mode: (accuracy, [[(x[0] == max(x)) / x.count(max(x)) for x in subset["scores"][mode]]
                                          for subset in result["subsets"].values()])
                        for mode, accuracy in result["accuracy"].items()}
@@ -402,13 +410,10 @@ def table(rows: list[dict], failed: list[SimpleNamespace], baseline: str) -> str
 
 def report(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> str:
     """Write results.md and results.json -> the table and what is left to do."""
-    found, texts, left = {arm: {} for arm in spec.arms}, {}, []
     out, record = Path(spec.out), Path(spec.out, "processes.jsonl")
-    for run in runs:
-        if next_command(spec, run):
-            left.append(run)
-        else:
-            found[run.arm][run.seed] = measure(spec, run, texts)
+    found, left = {arm: {} for arm in spec.arms}, [run for run in runs if next_command(spec, run)]
+    for run in (run for run in runs if run not in left):
+        found[run.arm][run.seed] = measure(spec, run, corpus)
     rows, processes = compare(spec, found), read_json(record, lines=True) if record.exists() else []
     last = {process["run"]: process for process in processes}
     failed = [run for run in left if last.get(run.folder.name, {}).get("state") == "failed"]
@@ -416,23 +421,22 @@ def report(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> str:
     if len({spec.epochs(arm) for arm in spec.arms}) > 1:
         lines.append("NOT AT EQUAL EPOCHS: " + ", ".join(f"{arm} {spec.epochs(arm)}" for arm in spec.arms))
     lines.append(f"{len(left)} of {len(runs)} runs left")
-    if left and (speed := {row["arm"]: row["mean"] for row in rows if row["what"] == "tokens/s"}):
-        scoring = sum(p["seconds"] for p in processes if "train.py" not in p["command"])
-        seconds = scoring / (len(runs) - len(left)) * len(left)
-        for run in left:
-            done = max((int(file.stem[5:]) for file in checkpoints(run.folder)), default=0) * run.tokens_a_step
-            seconds += (run.tokens - done) / speed.get(run.arm, statistics.mean(speed.values()))
-        lines[-1] += f", about {seconds / 3600:.1f} hours of one worker at the speed of the finished ones"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    done = {shlex.join(command) for run in runs if run not in left for _, command in commands(spec, run)}
+    if left and (spent := sum(p["seconds"] for p in processes if p["command"][7:].rpartition(" ")[0] in done)):
+        todo = sum(1 - max((int(file.stem[5:]) for file in checkpoints(run.folder)), default=0) / run.steps for run in left)
+        lines[-1] += f", about {spent / (len(runs) - len(left)) * todo / 3600:.1f} hours of one worker at the speed of the others"
     facts = dict(written=time.strftime("%F %T"), hours=round(sum(p["seconds"] for p in processes) / 3600, 3),
-                 machine=f"{platform.platform()}, {os.cpu_count()} cores", gpus=gpus, python=platform.python_version(),
-                 torch=torch.__version__, corpus=corpus)
-    write_result(out / "results.json", facts | dict(
-        spec=asdict(spec), rows=rows, failed=[run.folder.name for run in failed], processes=processes))
-    facts = "\n".join(f"{name} = {value!r}" for name, value in (facts | asdict(spec)).items())
+                 machine=f"{platform.platform()}, {os.cpu_count()} cores", python=platform.python_version(),
+                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], torch=torch.__version__,
+                 corpus=corpus)
     done = "\n".join(f"{p['began']} {p['seconds']:9,.1f} s  {p['state']:7}  {p['command']}" for p in processes)
-    text = "\n\n".join([f"# {out.name}", *lines, NOTES, f"```\n{facts}\n```", f"```\n{done}\n```\n"])
-    (out / "results.md").write_text(text)
+    text = "\n".join(f"{name} = {value!r}" for name, value in (facts | asdict(spec)).items())
+    text = "\n\n".join([f"# {out.name}", *lines, NOTES, f"```\n{text}\n```", f"```\n{done}\n```\n"])
+    with open(out / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_result(out / "results.json", facts | dict(
+            spec=asdict(spec), rows=rows, failed=[run.folder.name for run in failed], processes=processes))
+        (out / "results.md").write_text(text)
     return "\n".join(lines)
 
 
@@ -441,9 +445,10 @@ def draw(spec: Spec, runs: list[SimpleNamespace]):
     rows = [row for row in read_json(Path(spec.out, "results.json"))["rows"]
             if row["what"] not in ("dev loss", "words seen", "tokens/s") and row["how"] != "best mode"]
     finished = [str(run.folder) for run in runs if run.seed == spec.first_seed and not next_command(spec, run)]
-    if not rows or not finished:
+    if finished:
+        plot.draw_training([plot.read_training(folder) for folder in finished]).savefig(f"{spec.out}/training.png", dpi=150)
+    if not rows:
         return
-    plot.draw_training([plot.read_training(folder) for folder in finished]).savefig(f"{spec.out}/training.png", dpi=150)
     fig, arms, bars = plot.figure(9, 4), list(spec.arms), {}
     for row in rows:
         bars.setdefault(f"{row['what']} {row['how']}", []).append(row)
@@ -467,12 +472,10 @@ def main(argv: list[str]) -> int:
     spec.corpus, spec.baseline = spec.corpus or f"{spec.out}/corpus", spec.baseline or next(iter(spec.arms))
     if spec.table and not Path(spec.out).exists():
         raise config.ConfigError(f"{spec.out}: does not exist, there is nothing to show; run it without --table first")
-    if not spec.table:
-        Path(spec.out).mkdir(parents=True, exist_ok=True)
-        for task in spec.tasks:  # what would else be found out after hours of training
-            read_tasks(task, spec.limit)
-        for name, own in config.load(finetune.Settings, glue_flags(spec)).by_task().items() if spec.glue else ():
-            finetune.find(own, f"{name}.valid.jsonl")
+    if spec.glue and not spec.table:
+        for name, own in config.load(finetune.Settings, glue_flags(spec)).by_task().items():
+            for split in ("valid", *["train*"] * (name != "mnli-mm")):
+                finetune.find(own, f"{name}.{split}.jsonl")
     corpus, what = open_corpus(spec)
     runs = plan(spec, corpus)
     report(spec, runs, what)
