@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"submit.py: {message}")
     parser.add_argument("run", type=Path, help="run folder with the results of eval.py and finetune.py")
-    parser.add_argument("--year", required=True, choices=("2024", "2025"), help="format; 2026 takes that of 2025")
+    parser.add_argument("--year", required=True, choices=("2024", "2025"), help="format, and protocol of the scores; 2026 takes those of 2025")
     parser.add_argument("--mode", required=True, choices=BACKEND, help="which zero-shot scores to hand in")
     parser.add_argument("--name", help="of the model; default: the run folder's")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
