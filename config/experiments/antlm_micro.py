@@ -1,5 +1,5 @@
 # Does alternating beat either objective alone at equal epochs? The reduced study, for a CPU: a BabyLlama of 3.4 million
-# parameters, 24 epochs of a 50th of the text (200 thousand of 10 million words), a tenth of BLiMP, two seeds. What came of
+# parameters, 24 epochs of a 50th of the text (200 thousand of 10 million words), a tenth of BLiMP, three seeds. What came of
 # it: RESULTS.md.
 text = "babylm_10M"
 dev = "babylm_dev"
@@ -20,7 +20,7 @@ arms = {
     "causal_then_mixed": dict(schedule="12_CLM+12_CLM:MLM"),  # our own
 }
 baseline = "clm"  # --table --baseline=mlm shows the differences from the other one
-seeds = 2
+seeds = 3
 
 tasks = ("evaluation_data/blimp_filtered",)
 limit = 90  # of about 890 pairs of each file
