@@ -374,11 +374,11 @@ def test_a_slice_of_the_text_becomes_the_corpus(tmp_path):
     (tmp_path / "spec.py").write_text('arms = {"a": {}}\nslice = 2\nvocab_size = 270\ntasks = ()\n')
     spec = config.load(experiment.Spec, [str(tmp_path / "spec.py"), f"--out={tmp_path / 'out'}", f"--text={text}",
                                          f"--corpus={tmp_path / 'corpus'}", f"--dev={text / 'a.dev'}"])
-    (tmp_path / "out" / "text").mkdir(parents=True)
-    (tmp_path / "out" / "text" / "old.train").write_text("of another text, by a call that failed\n")
+    (tmp_path / "out" / "slice").mkdir(parents=True)
+    (tmp_path / "out" / "slice" / "old.train").write_text("of another text, by a call that failed\n")
     corpus, what = experiment.open_corpus(spec)
     for name in ("a.train", "deep/a.train"):
-        assert (tmp_path / "out" / "text" / name).read_text() == "".join(lines[:100] + lines[200:300] + lines[400:])
+        assert (tmp_path / "out" / "slice" / name).read_text() == "".join(lines[:100] + lines[200:300] + lines[400:])
     assert what["words"] == 4 * (250 + 250 + 50) and corpus.vocab_size == 270  # a.dev lies in the folder, too
     spec.corpus, spec.prepare = f"{tmp_path}/mine", (f"data.py {text}/deep --dev {text}/a.dev --out {tmp_path}/mine",)
     assert experiment.open_corpus(spec)[1]["words"] == 4 * 450

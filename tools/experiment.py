@@ -150,8 +150,8 @@ def open_corpus(spec: Spec) -> tuple[Corpus, dict]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not Path(spec.corpus).exists() and not spec.table:
             if spec.slice > 1 and not spec.prepare:
-                slice_text(spec.text, Path(spec.out, "text"), spec.slice)
-            text = f"{spec.out}/text" if spec.slice > 1 else spec.text
+                slice_text(spec.text, Path(spec.out, "slice"), spec.slice)
+            text = f"{spec.out}/slice" if spec.slice > 1 else spec.text
             own = [f"{HERE}/data.py", text, "--dev", spec.dev, "--out", spec.corpus, "--vocab_size", str(spec.vocab_size)]
             for command in spec.prepare or [shlex.join(own)]:
                 print(f"python {command}", flush=True)
