@@ -110,6 +110,17 @@ class Settings:
             raise config.ConfigError("tasks: mnli-mm is scored with the model of mnli; name that, too")
         return {name: found[name] for name in TASKS if name in found}
 
+    def resolve(self, schedule: str) -> "Settings":
+        """These settings with nothing left on auto that follows from the schedule that the model was trained with."""
+        learnt_causal = all(OBJECTIVES[name] for phase in parse(schedule) for name, _ in phase.mix)
+        is_causal = self.mask == "causal" or self.mask == "auto" and learnt_causal
+        return replace(self, mask="causal" if is_causal else "full", n_open=tuple(sorted(map(int, self.n_open))),
+                       pool=self.pool if self.pool != "auto" else "last" if is_causal else "start")
+
+    def stored(self) -> dict:
+        """As a result file has them, without values that may differ between calls which share it."""
+        return json.loads(json.dumps(asdict(self) | dict.fromkeys(("tasks", "seeds", "out", "device"))))
+
 
 # ------------------------------------------------------------------------------------------------- reading tasks
 
@@ -357,7 +368,6 @@ def main(argv: list[str]):
     by_task, device = s.by_task(), pick_device(s.device)
     path, content, model, tokenizer = load_run(argv[0], device)
     schedule, n_layer = content["settings"]["schedule"], model.config.n_layer
-    learnt_causal = all(OBJECTIVES[name] for phase in parse(schedule) for name, _ in phase.mix)
     out = Path(s.out or path.parent / f"glue_{content['step']}.json")
     whole = {"checkpoint": str(path), "step": content["step"], "schedule": schedule, "config": content["config"],
              "weights_sha256": digest(content["model"]), "device": device, "torch": torch.__version__, "tasks": {}}
@@ -374,10 +384,8 @@ def main(argv: list[str]):
             continue
         if own.n_open and max(map(int, own.n_open)) >= n_layer:
             raise config.ConfigError(f"n_open: layer {max(map(int, own.n_open))}, but the model's {n_layer} count from 0")
-        is_causal = own.mask == "causal" or own.mask == "auto" and learnt_causal
-        own = replace(own, mask="causal" if is_causal else "full", n_open=tuple(sorted(map(int, own.n_open))),
-                      pool=own.pool if own.pool != "auto" else "last" if is_causal else "start")
-        used = json.loads(json.dumps(asdict(own) | dict.fromkeys(("tasks", "seeds", "out", "device"))))
+        own = own.resolve(schedule)
+        used, is_causal = own.stored(), own.mask == "causal"
         names = [task, "mnli-mm"] if task == "mnli" and "mnli-mm" in by_task else [task]
         stored = [whole["tasks"].setdefault(name, {"settings": used, "seeds": {}}) for name in names]
         for name, entry in zip(names, stored):

@@ -172,8 +172,8 @@ def open_corpus(spec: Spec) -> tuple[Corpus, dict]:
 def plan(spec: Spec, corpus: Corpus) -> list[SimpleNamespace]:
     """All runs, those of the first seed first; raises ConfigError where one has begun with other settings.
 
-    arm, seed, folder, log; args of train.py; steps, and last: the checkpoint after them; modes and results: what eval.py is
-    asked for, and a file for each task; glue: the file of finetune.py.
+    arm, seed, folder, log; args of train.py; schedule; steps, and last: the checkpoint after them; modes and results: what
+    eval.py is asked for, and a file for each task; glue: the file of finetune.py.
     """
     runs = []
     for seed, arm in ((seed, arm) for seed in range(spec.first_seed, spec.first_seed + spec.seeds) for arm in spec.arms):
@@ -184,7 +184,7 @@ def plan(spec: Spec, corpus: Corpus) -> list[SimpleNamespace]:
         asked = dict(mode=modes, protocol="2025", dtype="float32", limit=spec.limit)
         runs.append(SimpleNamespace(
             arm=arm, seed=seed, folder=folder, log=folder.with_name(f"{folder.name}.log"), args=args, modes=modes,
-            steps=steps, last=folder / f"step_{steps:07}.pt", glue=folder / f"glue_{steps}.json",
+            schedule=s.schedule, steps=steps, last=folder / f"step_{steps:07}.pt", glue=folder / f"glue_{steps}.json",
             results=[folder / result_name(SimpleNamespace(task=task, **asked), steps) for task in spec.tasks]))
         ours, begun = asdict(s), [*checkpoints(folder), *folder.glob("eval_*.json"), *folder.glob("glue_*.json")]
         theirs = asdict(Settings()) | read_json(folder / "settings.json") if begun else ours
@@ -204,10 +204,8 @@ def glue_scores(spec: Spec, run: SimpleNamespace) -> dict[str, float]:
     stored, scores = read_result(run.glue)["tasks"] if run.glue.exists() else {}, {}
     asked = config.load(finetune.Settings, glue_flags(spec)).by_task() if stored and spec.glue else {}
     for name, found in ((name, stored[name]) for name in asked if name in stored):
-        own = asked[name.removesuffix("-mm")]  # mnli-mm is of the model of mnli
-        same = all(found["settings"].get(key) == value for key, value in asdict(own).items()
-                   if value != "auto" and key not in ("tasks", "seeds", "out", "device", "n_open"))
-        if same and found["seeds"].keys() >= {*map(str, own.seeds)}:
+        own = asked[name.removesuffix("-mm")].resolve(run.schedule)  # mnli-mm is of the model of mnli
+        if own.stored().items() <= found["settings"].items() and found["seeds"].keys() >= {*map(str, own.seeds)}:
             scores[name] = statistics.mean(found["seeds"][str(seed)]["score"] for seed in own.seeds)
     return scores
 
@@ -233,14 +231,15 @@ def next_command(spec: Spec, run: SimpleNamespace) -> list[str] | None:
 def find_workers(spec: Spec) -> list[tuple[str, dict]]:
     """--device and environment of each worker; raises ConfigError."""
     names = [x for name in spec.workers for x in (int(name) * ["cpu"] if name.isdigit() else [name])]
-    n, n_gpu, workers = max(1, torch.get_num_threads() // len(names)), torch.cuda.device_count(), []
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")
+    threads, n_gpu, workers = max(1, torch.get_num_threads() // len(names)), torch.cuda.device_count(), []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")
     for name in names:
         device, _, number = name.partition(":")
         if number and int(number) >= n_gpu:
             raise config.ConfigError(f"--workers={name}: torch sees {n_gpu} GPU(s), counted from 0")
-        workers.append((device, {"OMP_NUM_THREADS": str(n)} | ({"CUDA_VISIBLE_DEVICES": seen[int(number)]} if number else {})))
-    print(f"workers: {', '.join(names)}, with {n} CPU thread(s) each", flush=True)
+        gpu = {"CUDA_VISIBLE_DEVICES": visible[int(number)]} if number else {}
+        workers.append((device, {"OMP_NUM_THREADS": str(threads)} | gpu))
+    print(f"workers: {', '.join(names)}, with {threads} CPU thread(s) each", flush=True)
     return workers
 
 
@@ -412,7 +411,8 @@ def report(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> str:
     """Write results.md and results.json -> the table and what is left to do."""
     out, record = Path(spec.out), Path(spec.out, "processes.jsonl")
     found, left = {arm: {} for arm in spec.arms}, [run for run in runs if next_command(spec, run)]
-    for run in (run for run in runs if run not in left):
+    finished = [run for run in runs if run not in left]
+    for run in finished:
         found[run.arm][run.seed] = measure(spec, run, corpus)
     rows, processes = compare(spec, found), read_json(record, lines=True) if record.exists() else []
     last = {process["run"]: process for process in processes}
@@ -421,10 +421,10 @@ def report(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> str:
     if len({spec.epochs(arm) for arm in spec.arms}) > 1:
         lines.append("NOT AT EQUAL EPOCHS: " + ", ".join(f"{arm} {spec.epochs(arm)}" for arm in spec.arms))
     lines.append(f"{len(left)} of {len(runs)} runs left")
-    done = {shlex.join(command) for run in runs if run not in left for _, command in commands(spec, run)}
-    if left and (spent := sum(p["seconds"] for p in processes if p["command"][7:].rpartition(" ")[0] in done)):
-        todo = sum(1 - max((int(file.stem[5:]) for file in checkpoints(run.folder)), default=0) / run.steps for run in left)
-        lines[-1] += f", about {spent / (len(runs) - len(left)) * todo / 3600:.1f} hours of one worker at the speed of the others"
+    theirs = {f"python {shlex.join(command)}" for run in finished if left for _, command in commands(spec, run)}
+    if seconds := sum(p["seconds"] for p in processes if p["command"].rpartition(" --device=")[0] in theirs):
+        seconds *= sum(1 - max((int(file.stem[5:]) for file in checkpoints(run.folder)), default=0) / run.steps for run in left)
+        lines[-1] += f", about {seconds / len(finished) / 3600:.1f} hours of one worker at the speed of the finished ones"
     facts = dict(written=time.strftime("%F %T"), hours=round(sum(p["seconds"] for p in processes) / 3600, 3),
                  machine=f"{platform.platform()}, {os.cpu_count()} cores", python=platform.python_version(),
                  gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], torch=torch.__version__,

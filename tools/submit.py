@@ -85,7 +85,7 @@ def find_parts(results: dict[Path, dict], mode: str, year: str, wanted) -> dict[
                     parts[part] = file, task
                 except EvalError as e:  # such as the challenge's fast_eval, which may stand beside the whole set
                     other[part] = e
-    for part in other.keys() - parts.keys():
+    for part in (part for part in other if part not in parts):
         raise other[part]
     return {part: parts[part] for part in wanted if part in parts}
 
@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"submit.py: {message}")
     parser.add_argument("run", type=Path, help="run folder with the results of eval.py and finetune.py")
-    parser.add_argument("--year", required=True, choices=("2024", "2025"), help="format, and protocol of the scores; 2026 takes those of 2025")
+    parser.add_argument("--year", required=True, choices=("2024", "2025"),
+                        help="format, and protocol of the scores; 2026 takes those of 2025")
     parser.add_argument("--mode", required=True, choices=BACKEND, help="which zero-shot scores to hand in")
     parser.add_argument("--name", help="of the model; default: the run folder's")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
