@@ -19,8 +19,10 @@ import numpy as np
 import tiktoken
 import torch
 
-from data import BOUNDARIES, MASK, SPECIAL, START, DataError, Progress, Tokenizer
-from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest, write_whole
+from antlm.tokenizer import BOUNDARIES, MASK, SPECIAL, START, Tokenizer
+from antlm.files import DataError, Progress
+from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest
+from antlm.files import write_whole
 from schedule import parse
 
 MODES = {"CLM": "causal", "MLM": "masked", "MNTP": "mntp"}  # how to ask a model that was trained with an objective

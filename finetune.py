@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
-from data import PAD, DataError, Tokenizer, hash64
+from antlm.tokenizer import PAD, Tokenizer
+from antlm.files import DataError
+from data import hash64
 from eval import EvalError, json_lines, load_run, pick_device, read_result, write_result
 from model import CheckpointError, Transformer, bare_norm, digest
 from schedule import OBJECTIVES, parse

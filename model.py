@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from antlm.files import write_whole
+
 IGNORE = -100  # a target with this value is not scored
 
 
@@ -406,28 +408,6 @@ def digest(content, most: float = math.inf) -> str:
 
     walk(content)
     return h.hexdigest()
-
-
-def write_whole(path: Path, write):
-    """Have write(file) fill a file that is then either whole or as it was before; raises OSError that names it."""
-    part = path.with_name(f".{path.name}.part")  # a kill may leave it; train.py removes it at its next start
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself reaches the disk
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk behind a RuntimeError
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        if part.exists():
-            part.unlink()
 
 
 def save_checkpoint(path: Path, model: Transformer, **content):

@@ -27,16 +27,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from data import DROPOUT, Batches, Corpus, DataError, hash64
-from model import (BACKBONES, CheckpointError, ModelConfig, Transformer, checkpoints, load_model, load_newest, save_checkpoint,
-                   write_whole)
+from data import DROPOUT, Batches, Corpus, hash64
+from antlm.files import DataError
+from model import BACKBONES, CheckpointError, ModelConfig, Transformer, checkpoints, load_model, load_newest, save_checkpoint
+from antlm.files import write_whole
 from schedule import DECAYS, OBJECTIVES, Schedule, parse
 
 
 @dataclass
 class Settings:
     # where from and where to
-    corpus: str = "corpora/babylm"  # folder made by data.py
+    corpus: str = "corpora/babylm"  # folder made by prepare.py
     out_dir: str = "runs/babylm"  # folder for checkpoints, metrics and settings
     resume: bool = False  # go on from the newest checkpoint in it
     prepare: tuple = ()  # commands that make the corpus if it is missing, each a Python file with its arguments
@@ -247,6 +248,7 @@ def update(optimizers: list[torch.optim.Optimizer], lr: float, norm: torch.Tenso
 def open_run(run: Path, s: Settings, corpus: Corpus, p: Processes):
     """Lock the run folder, write down what this run is -> lock's file; path and content of the newest whole checkpoint."""
     (run / "source" / "config").mkdir(parents=True, exist_ok=True)
+    (run / "source" / "antlm").mkdir(exist_ok=True)
     lock, found = open(run / "lock", "ab+", buffering=0), checkpoints(run)
     if p.rank == 0:
         try:
@@ -282,7 +284,7 @@ def open_run(run: Path, s: Settings, corpus: Corpus, p: Processes):
         write_whole(metrics, lambda f: f.writelines(line[0] for line in lines if int(line[1]) <= step))
         write_whole(run / "settings.json", lambda f: f.write(json.dumps(asdict(s), indent=1).encode()))
         write_whole(run / "tokenizer.json", lambda f: f.write((corpus.folder / "tokenizer.json").read_bytes()))
-        for file in (*here.glob("*.py"), *here.glob("config/*.py")):  # a result carries the code that made it
+        for file in (*here.glob("*.py"), *here.glob("config/*.py"), *here.glob("antlm/*.py")):  # a result carries the code that made it
             write_whole(run / "source" / file.relative_to(here), lambda f: f.write(file.read_bytes()))
     return lock, path, content
 

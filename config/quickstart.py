@@ -3,7 +3,7 @@
 corpus = "corpora/grammar"
 out_dir = "runs/quickstart"
 prepare = ("tools/grammar.py corpora/grammar_text",
-           "data.py corpora/grammar_text/train.txt --dev corpora/grammar_text/dev.txt --out corpora/grammar --vocab_size 1024")
+           "prepare.py corpora/grammar_text/train.txt --dev corpora/grammar_text/dev.txt --out corpora/grammar --vocab_size 1024")
 score = "corpora/grammar_text/pairs"
 
 n_layer = 4

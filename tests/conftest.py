@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
+import prepare
 import config
-import data
 import train
 
 
@@ -21,7 +21,7 @@ def corpus(tmp_path_factory) -> str:
     for name, n in (("text.train", 600), ("text.dev", 80)):
         lines = (f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}." for _ in range(n))
         (folder / name).write_text("\n".join(lines) + "\n")
-    data.prepare([str(folder / "text.train")], [str(folder / "text.dev")], str(folder / "corpus"), vocab_size=300)
+    prepare.prepare([str(folder / "text.train")], [str(folder / "text.dev")], str(folder / "corpus"), vocab_size=300)
     return str(folder / "corpus")
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import START, Batches
+from antlm.tokenizer import START
+from data import Batches
 from model import ModelConfig, Transformer
 from tools import bench
 from train import Settings

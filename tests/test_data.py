@@ -1,4 +1,4 @@
-"""data.py: the tokenizer (trainer, file, encoding), the token files and their starts, what bad input says, the batches.
+"""data.py and prepare.py: the tokenizer (trainer, file, encoding), the token files and their starts, what bad input says, the batches.
 
     python -m pytest tests/test_data.py        # about 8 s, no GPU, no torch
 
@@ -22,6 +22,9 @@ import numpy as np
 import pytest
 import regex
 
+import prepare
+from antlm.files import DataError
+from antlm.tokenizer import BOUNDARIES, MASK, PATTERN, SPECIAL, START, Tokenizer, save_tokenizer, train_bpe
 import data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,19 +49,19 @@ ODD = ["", " ", "     ", "\n", "\n\n\n", "a\0b\0\0", "\t\tx \t y\t", "line\r\nli
 
 
 def pieces(text: str) -> Counter:
-    return Counter(regex.findall(data.PATTERN, text))
+    return Counter(regex.findall(PATTERN, text))
 
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    data.save_tokenizer(path, data.train_bpe(pieces(TEXT), 120))
+    save_tokenizer(path, train_bpe(pieces(TEXT), 120))
     return path
 
 
 @pytest.fixture(scope="module")
-def tok(tokenizer_path) -> data.Tokenizer:
-    return data.Tokenizer(tokenizer_path)
+def tok(tokenizer_path) -> Tokenizer:
+    return Tokenizer(tokenizer_path)
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def make(tmp_path):
             paths[split] = [tmp_path / f"{out}_{i}.{split}" for i in range(len(texts))]
             for path, text in zip(paths[split], texts):
                 path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        data.prepare(*([str(p) for p in ps] for ps in paths.values()), str(tmp_path / out), **options)
+        prepare.prepare(*([str(p) for p in ps] for ps in paths.values()), str(tmp_path / out), **options)
         return tmp_path / out
     return make
 
@@ -89,7 +92,7 @@ def one_line(error: str, *parts) -> bool:
     ("a \n\n\n  b\t\tc\r\n d  ", "a| |\n|\n|\n| | b|\t|\t|c|\r|\n| d|  "),
     ("*MOT: = = = x3 é世 ...?!", "*|MOT|:| =| =| =| x|3| é世| ...?!")])
 def test_pattern_cuts_words_and_newlines(text, parts):
-    assert regex.findall(data.PATTERN, text) == parts.split("|")
+    assert regex.findall(PATTERN, text) == parts.split("|")
 
 
 def naive_bpe(text: str, n_merges: int) -> list[tuple[bytes, bytes]]:
@@ -119,7 +122,7 @@ def naive_bpe(text: str, n_merges: int) -> list[tuple[bytes, bytes]]:
 
 @pytest.mark.parametrize("text", ["aaaa", "aaaaaaa aaaaa aaa", "abab", "abababa babab", "aabaab aab", "x", TEXT])
 def test_trainer_equals_a_naive_one(text):
-    assert data.train_bpe(pieces(text), 60) == naive_bpe(text, 60)
+    assert train_bpe(pieces(text), 60) == naive_bpe(text, 60)
 
 
 def test_trainer_equals_a_naive_one_on_random_text():
@@ -127,7 +130,7 @@ def test_trainer_equals_a_naive_one_on_random_text():
     for alphabet in ["a", "ab", "ab ", "abé世", "\0\t\r ", "'st \nab1"] * 25:
         text = "".join(r.choice(alphabet) * r.choice([1, 1, 2, 3, 7]) for _ in range(r.randrange(1, 90)))
         n_merges = r.randrange(1, 50)
-        assert data.train_bpe(pieces(text), n_merges) == naive_bpe(text, n_merges), text
+        assert train_bpe(pieces(text), n_merges) == naive_bpe(text, n_merges), text
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no BabyLM text in ../shared/data/babylm_10M")
@@ -137,12 +140,12 @@ def test_trainer_equals_hugging_face_on_real_text(tmp_path):
     text = "".join(open(path, encoding="utf-8").read(100_000) for path in sorted(REAL.glob("*.train")))
     theirs = tokenizers.Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(data.PATTERN), "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     theirs.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=list(data.SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=4000, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
-    data.save_tokenizer(tmp_path / "ours.json", data.train_bpe(pieces(text), 4000 - 260))
+    save_tokenizer(tmp_path / "ours.json", train_bpe(pieces(text), 4000 - 260))
     ours = json.loads((tmp_path / "ours.json").read_text("utf-8"))["model"]
     theirs = json.loads(theirs.to_str())["model"]
     assert ours["vocab"] == theirs["vocab"]
@@ -157,7 +160,7 @@ def test_hugging_face_reads_the_file_and_gives_the_same_ids(tokenizer_path, tok)
     for text in [*ODD, TEXT, *(f"a{c}b {c} 1{c}{c}\n{c}" for c in characters)]:
         ids = tok.encode(text)
         assert theirs.encode(text, add_special_tokens=False).ids == ids
-        assert theirs.encode(text).ids == [data.START, *ids]
+        assert theirs.encode(text).ids == [START, *ids]
         assert theirs.decode(ids) == text
 
 
@@ -174,7 +177,7 @@ def test_round_trip_and_line_by_line_of_any_text(tok):
     @hypothesis.given(texts)
     def check(text):
         ids = tok.encode(text)
-        assert tok.decode(ids) == text and all(data.MASK < i < tok.vocab_size for i in ids)
+        assert tok.decode(ids) == text and all(MASK < i < tok.vocab_size for i in ids)
         lines = [tok.encode(line) + tok.encode("\n") for line in text.split("\n")]
         assert [i for line in lines for i in line][:-1] == ids
     check()
@@ -184,8 +187,8 @@ def test_round_trip_and_line_by_line_of_any_text(tok):
 @pytest.mark.parametrize("after", ["", "x", ".", "\n", "\n x"])
 def test_a_million_spaces_in_a_row(tmp_path, n, after):
     """tiktoken's engine gives up on a million: runs are cut at 99,999, shorter ones are one piece as in Hugging Face."""
-    data.save_tokenizer(tmp_path / "t.json", [(b" ", b" "), (b"  ", b"  "), (b" ", b"x")])
-    tok = data.Tokenizer(tmp_path / "t.json")
+    save_tokenizer(tmp_path / "t.json", [(b" ", b" "), (b"  ", b"  "), (b" ", b"x")])
+    tok = Tokenizer(tmp_path / "t.json")
     run, rest = (n, after) if after[:1] in ("", "\n") else (n - 1, " " + after)
     parts = ["a", *(" " * min(99_999, run - i) for i in range(0, run, 99_999)), rest]
     assert tok.encode("a" + " " * n + after) == [i for part in parts for i in tok.encode(part)]
@@ -194,15 +197,15 @@ def test_a_million_spaces_in_a_row(tmp_path, n, after):
 
 def test_half_a_surrogate_pair_is_not_text(tok):
     for text, place in (("\udcff", 0), ("ducks \ud83d and", 6)):
-        with pytest.raises(data.DataError, match=f"character {place} is half"):
+        with pytest.raises(DataError, match=f"character {place} is half"):
             tok.encode(text)
 
 
 def test_text_that_spells_a_special_token_never_becomes_one(tok, make, tokenizer_path):
     text = "<s>a <mask> b</s> <pad><pad>\n<s>\n</s> <s><mask>\n"
-    assert min(tok.encode(text)) > data.MASK and tok.decode(tok.encode(text)) == text
+    assert min(tok.encode(text)) > MASK and tok.decode(tok.encode(text)) == text
     corpus = data.Corpus(make(text, tokenizer=str(tokenizer_path)))
-    assert [i for i in corpus.train.tolist() if i <= data.MASK] == [data.START] * 3  # one for each line
+    assert [i for i in corpus.train.tolist() if i <= MASK] == [START] * 3  # one for each line
 
 
 # ----------------------------------------------------------------------------------------------- token files
@@ -228,10 +231,10 @@ def random_lines(r: random.Random, n: int) -> str:
     return "\n".join(r.choices(lines, k=n))
 
 
-@pytest.mark.parametrize("boundary", data.BOUNDARIES)
-@pytest.mark.parametrize("block", [7, 13, 64, data.BLOCK])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("block", [7, 13, 64, prepare.BLOCK])
 def test_starts_stand_where_plain_python_puts_them(make, monkeypatch, tokenizer_path, tok, boundary, block):
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(prepare, "BLOCK", block)
     r = random.Random(1)
     texts = [TEXT, "", "no newline at the end", "\n\n\n", "\n\nblank lines first\n", "\n",
              "= = = Title = = =\nline\n= = =\n\n\nline\n\n", "dos\r\nline\r\n= = = dos = = =\r\n",
@@ -259,10 +262,10 @@ def test_short_texts_with_a_tokenizer_of_bytes(make, text):
     assert data.Corpus(folder).tokenizer.decode(data.Corpus(folder).train.tolist()) == plain_corpus([text], "line")[0]
 
 
-@pytest.mark.parametrize("block", [3, data.BLOCK])
+@pytest.mark.parametrize("block", [3, prepare.BLOCK])
 def test_files_from_windows_read_as_others(make, monkeypatch, tokenizer_path, block):
     r"""A byte-order mark is no text, \r\n is a newline; a \r alone stays what it is."""
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(prepare, "BLOCK", block)
     text = "= = = Pond = = =\n\n\nthe ducks\n \nnaïve\r duck\nthe \ufeff end"
     ours, theirs = (data.Corpus(make(t, dev=t, out=out, tokenizer=str(tokenizer_path))) for t, out in (
         (text, "ours"), ("\ufeff" + text.replace("\n", "\r\n"), "theirs")))
@@ -273,7 +276,7 @@ def test_files_from_windows_read_as_others(make, monkeypatch, tokenizer_path, bl
         assert {k: corpus.meta[name][k] for k in ("words", "documents")} == {"words": 14, "documents": 2}
 
 
-@pytest.mark.parametrize("boundary", data.BOUNDARIES)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_encode_text_is_how_the_text_opens_a_corpus(make, tok, tokenizer_path, boundary):
     text = "The ducks swim .\nThe ice thaws .\nquack"
     ids = data.Corpus(make(text, boundary=boundary, tokenizer=str(tokenizer_path))).train.tolist()
@@ -288,7 +291,7 @@ def test_folder_of_texts_and_same_bytes_every_time(tmp_path):
     for name, line in [("b.txt", "second"), ("sub/c.dev", "third"), ("a.train", "first"), ("notes.md", "not text")]:
         (text / name).write_text(line + "\n")
     for out in ("one", "two"):
-        data.prepare([str(text)], [str(text / "b.txt")], str(tmp_path / out), vocab_size=265, boundary="none")
+        prepare.prepare([str(text)], [str(text / "b.txt")], str(tmp_path / out), vocab_size=265, boundary="none")
     corpus = data.Corpus(tmp_path / "one")
     assert corpus.tokenizer.decode(corpus.train.tolist()) == "first\nsecond\nthird\n"
     assert corpus.tokenizer.decode(corpus.dev.tolist()) == "second\n"
@@ -299,13 +302,13 @@ def test_folder_of_texts_and_same_bytes_every_time(tmp_path):
 def test_given_tokenizer_is_used_as_it_is(make, tok, tokenizer_path):
     folder = make("zebras dazzle\n", tokenizer=str(tokenizer_path))  # a text that would train another one
     assert (folder / "tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
-    assert data.Corpus(folder).train.tolist() == [data.START, *tok.encode("zebras dazzle")]
+    assert data.Corpus(folder).train.tolist() == [START, *tok.encode("zebras dazzle")]
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(65536, np.uint16), (65537, np.uint32)])
 def test_ids_as_wide_as_the_vocabulary_needs(make, tmp_path, vocab_size, dtype):
     pairs = [(bytes([a]), bytes([b])) for a in range(256) for b in range(256) if bytes([a, b]) != b"zq"]
-    data.save_tokenizer(tmp_path / "large.json", [*pairs[:vocab_size - 261], (b"z", b"q")])
+    save_tokenizer(tmp_path / "large.json", [*pairs[:vocab_size - 261], (b"z", b"q")])
     folder = make("zq zq\n", tokenizer=str(tmp_path / "large.json"))
     corpus = data.Corpus(folder)
     assert corpus.train.dtype == dtype and np.array_equal(np.fromfile(folder / "train.bin", dtype), corpus.train)
@@ -335,26 +338,26 @@ BAD = {  # train, dev, options, what the one line must say
 
 @pytest.mark.parametrize("train, dev, options, said", BAD.values(), ids=BAD)
 def test_bad_text_is_one_line_and_leaves_nothing(make, tmp_path, monkeypatch, train, dev, options, said):
-    monkeypatch.setattr(data, "BLOCK", 16)
-    with pytest.raises(data.DataError) as e:
+    monkeypatch.setattr(prepare, "BLOCK", 16)
+    with pytest.raises(DataError) as e:
         make(train, dev, **options)
     assert one_line(str(e.value), *said)
     assert all(path.name.startswith("corpus_") for path in tmp_path.iterdir())  # the texts, and no folder
 
 
 def test_bad_byte_beyond_a_real_block(tmp_path):
-    lines = data.BLOCK // 5 + 3
+    lines = prepare.BLOCK // 5 + 3
     (tmp_path / "long.txt").write_bytes(b"duck\n" * lines + b"d\xff")
-    with pytest.raises(data.DataError, match=rf"long.txt: byte {5 * lines + 1} "):
-        list(data.read_blocks(tmp_path / "long.txt"))
+    with pytest.raises(DataError, match=rf"long.txt: byte {5 * lines + 1} "):
+        list(prepare.read_blocks(tmp_path / "long.txt"))
 
 
 def test_missing_text_and_folder_without_text(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "text.md").write_text(GOOD)
     for name in ("nowhere.train", "folder"):
-        with pytest.raises(data.DataError) as e:
-            data.prepare([str(tmp_path / name)], [str(tmp_path / "folder" / "text.md")], str(tmp_path / "out"))
+        with pytest.raises(DataError) as e:
+            prepare.prepare([str(tmp_path / name)], [str(tmp_path / "folder" / "text.md")], str(tmp_path / "out"))
         assert one_line(str(e.value), tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
@@ -362,7 +365,7 @@ def test_missing_text_and_folder_without_text(tmp_path):
 def test_existing_folder_is_left_alone(make, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "mine").write_text("precious")
-    with pytest.raises(data.DataError) as e:
+    with pytest.raises(DataError) as e:
         make(GOOD)
     assert one_line(str(e.value), tmp_path / "corpus", "--out")
     assert [(path.name, path.read_text()) for path in (tmp_path / "corpus").iterdir()] == [("mine", "precious")]
@@ -372,7 +375,7 @@ def test_existing_folder_is_left_alone(make, tmp_path):
 def test_bad_tokenizer_is_named_as_the_user_named_it(make, tmp_path, content):
     if content is not None:
         (tmp_path / "corpus_tokenizer.json").write_text(content)
-    with pytest.raises(data.DataError) as e:
+    with pytest.raises(DataError) as e:
         make(GOOD, tokenizer=str(tmp_path / "corpus_tokenizer.json"))
     assert one_line(str(e.value), tmp_path / "corpus_tokenizer.json")
     assert all(path.name.startswith("corpus_") for path in tmp_path.iterdir())
@@ -411,16 +414,16 @@ def test_tampered_tokenizer_is_refused(tokenizer_path, tmp_path, tamper):
     """tiktoken panics, past `except Exception`, at a vocabulary without some byte, and drops what a pattern leaves."""
     (tmp_path / "mine.json").write_bytes(tokenizer_path.read_bytes())
     edit(tmp_path / "mine.json", lambda content: None)
-    assert data.Tokenizer(tmp_path / "mine.json").vocab_size == 380
+    assert Tokenizer(tmp_path / "mine.json").vocab_size == 380
     edit(tmp_path / "mine.json", tamper)
-    with pytest.raises(data.DataError) as e:
-        data.Tokenizer(tmp_path / "mine.json")
+    with pytest.raises(DataError) as e:
+        Tokenizer(tmp_path / "mine.json")
     assert one_line(str(e.value), tmp_path / "mine.json") and len(str(e.value)) < 300 + len(str(tmp_path))
 
 
 def test_tokenizer_saved_by_hugging_face_is_read(tokenizer_path, tok, tmp_path):
     pytest.importorskip("tokenizers").Tokenizer.from_file(str(tokenizer_path)).save(str(tmp_path / "theirs.json"))
-    theirs = data.Tokenizer(tmp_path / "theirs.json")
+    theirs = Tokenizer(tmp_path / "theirs.json")
     assert theirs.vocab_size == tok.vocab_size and theirs.encode(TEXT) == tok.encode(TEXT)
 
 
@@ -437,7 +440,7 @@ def flip_byte(folder: Path):
 
 
 def change_tokenizer(folder: Path):
-    data.save_tokenizer(folder / "tokenizer.json", [(b"q", b"u")])
+    save_tokenizer(folder / "tokenizer.json", [(b"q", b"u")])
 
 
 def foreign_token(folder: Path, max_id: int = 600):  # consistent in every other way
@@ -487,19 +490,19 @@ def test_damaged_corpus_says_what_and_where(make, damage, said):
     folder = make("the duck and the drake\n" * 3, vocab_size=262)
     data.Corpus(folder)  # good before
     damage(folder)
-    with pytest.raises(data.DataError) as e:
+    with pytest.raises(DataError) as e:
         data.Corpus(folder)
     assert one_line(str(e.value), folder, *said)
 
 
 def test_missing_corpus_folder(tmp_path):
-    with pytest.raises(data.DataError) as e:
+    with pytest.raises(DataError) as e:
         data.Corpus(tmp_path / "nowhere")
-    assert one_line(str(e.value), tmp_path / "nowhere", "data.py")
+    assert one_line(str(e.value), tmp_path / "nowhere", "prepare.py")
 
 
 def command(*args, cwd) -> subprocess.CompletedProcess:
-    args = [sys.executable, ROOT / "data.py", *map(str, args)]
+    args = [sys.executable, ROOT / "prepare.py", *map(str, args)]
     return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
@@ -521,7 +524,7 @@ def test_command_line(tmp_path):
                        (["good.txt", "--dev", "good.txt", "--out", "new", "--tokenizer", "none.json"], ["none.json"])]:
         done = command(*args, cwd=tmp_path)
         assert done.returncode != 0 and not done.stdout
-        assert one_line(done.stderr.removesuffix("\n"), "data.py: ", *said), done.stderr
+        assert one_line(done.stderr.removesuffix("\n"), "prepare.py: ", *said), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "deep", "good.txt"]
 
 
@@ -626,7 +629,7 @@ def test_padding_rows_and_rows_past_the_end_are_not_scored(objective):
             (0, [0, -1, 1, -1], [1, 0, 1, 0]), (1, [2, 3, 7, -1], [1, 0, 0, 0]), (2, [0, 1, 2, 3], [0, 0, 0, 0])]:
         tokens, targets, _ = batches.batch(objective, 0, step, np.array(rows), 0.15)
         assert (targets != -100).any(1).tolist() == [bool(x) for x in live]
-        assert not (tokens == data.MASK)[np.array(live) == 0].any()
+        assert not (tokens == MASK)[np.array(live) == 0].any()
 
 
 @pytest.mark.parametrize("objective", ["MLM", "MNTP"])
@@ -638,12 +641,12 @@ def test_targets_are_the_originals_and_nothing_else_changes(objective, span):
     aligned = original if objective == "MLM" else np.roll(original, -1, axis=1)  # MNTP: t holds the original of t + 1
     live = targets != -100
     assert live.any() and np.array_equal(targets[live], aligned[live])
-    assert (targets[live] > data.MASK).all()  # no special token is scored
+    assert (targets[live] > MASK).all()  # no special token is scored
     hidden = live if objective == "MLM" else np.roll(live, 1, axis=1)
     assert not hidden[following == -100].any()
     assert np.array_equal(shown[~hidden], original[~hidden])
-    assert np.array_equal(shown[original <= data.MASK], original[original <= data.MASK])  # nor hidden
-    assert (shown[hidden] >= data.MASK).all() and (shown < 12).all()  # no random token is special
+    assert np.array_equal(shown[original <= MASK], original[original <= MASK])  # nor hidden
+    assert (shown[hidden] >= MASK).all() and (shown < 12).all()  # no random token is special
     if objective == "MNTP":
         assert not live[:, -1].any() and np.array_equal(shown[:, 0], original[:, 0])
 
@@ -680,9 +683,9 @@ def test_a_step_scores_exactly_a_rate_that_decays(objective):
 def test_hidden_tokens_are_masked_random_or_kept_80_10_10(span):
     original, shown, hidden = hidden_of(build(sample(200_000, 1000), vocab_size=1000, block_size=128, span=span))
     was, now = original[hidden], shown[hidden]
-    masked, kept = (now == data.MASK).mean(), (now == was).mean()
+    masked, kept = (now == MASK).mean(), (now == was).mean()
     assert len(was) > 29_000 and abs(masked - 0.8) < 0.015 and abs(kept - 0.1) < 0.015
-    random_ones = now[(now != data.MASK) & (now != was)]
+    random_ones = now[(now != MASK) & (now != was)]
     assert abs(random_ones.mean() - (4 + 999) / 2) < 30 and len(set(random_ones.tolist())) > 800  # from all over
 
 
@@ -694,7 +697,7 @@ def test_spans_have_their_mean_length_and_one_kind(span):
     runs = (hidden[:, 1:] & ~hidden[:, :-1]).sum() + hidden[:, 0].sum()
     assert hidden.sum() / runs * (1 - rate) == pytest.approx(n / (1 + (n - 1) / span), rel=0.03)
     both = hidden[:, 1:] & hidden[:, :-1]
-    agree = (shown[:, 1:] == data.MASK)[both] == (shown[:, :-1] == data.MASK)[both]
+    agree = (shown[:, 1:] == MASK)[both] == (shown[:, :-1] == MASK)[both]
     within = (1 - 1 / span) / (1 - 1 / span + rate / span)  # of neighbours that are both hidden, those of one span
     assert agree.mean() == pytest.approx(within + (1 - within) * (0.8 * 0.8 + 0.2 * 0.2), abs=0.02)
 
@@ -711,16 +714,16 @@ def test_every_position_is_hidden_about_as_often(objective, span, tolerance):
 
 @pytest.mark.parametrize("objective", ["MLM", "MNTP"])
 def test_a_row_with_few_ordinary_tokens_hides_those(objective):
-    ids = np.full(20, data.START, np.uint16)
+    ids = np.full(20, START, np.uint16)
     ids[[0, 7, 8]] = 50, 51, 52
     batches = build(ids, vocab_size=60, block_size=20, batch_rows=1, rate=0.3)  # would hide 6
     for epoch in range(40):
         original = epoch_of(batches, "CLM", epoch)[0]
         targets = epoch_of(batches, objective, epoch, rate=0.3)[1]
         ordinary = original[:, 1 if objective == "MNTP" else 0:]
-        assert sorted(targets[targets != -100]) == sorted(ordinary[ordinary > data.MASK])
-    tokens, targets, _ = epoch_of(build(np.full(20, data.START), vocab_size=60, block_size=20), objective)
-    assert (tokens == data.START).all() and (targets == -100).all()
+        assert sorted(targets[targets != -100]) == sorted(ordinary[ordinary > MASK])
+    tokens, targets, _ = epoch_of(build(np.full(20, START), vocab_size=60, block_size=20), objective)
+    assert (tokens == START).all() and (targets == -100).all()
 
 
 @pytest.mark.parametrize("objective", ["MLM", "MNTP"])

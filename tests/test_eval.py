@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import prepare
 import eval as evaluation
 import model as models
-from data import END, MASK, PAD, START
+from antlm.tokenizer import END, MASK, PAD, START, Tokenizer, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
 BLIMP = ROOT.parent / "shared" / "data" / "eval" / "blimp_filtered"
@@ -41,13 +41,13 @@ OPTIONS = [(s, 0) for pair in PAIRS for s in pair] + [(c + t, len(c)) for c, tar
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    data.save_tokenizer(folder / "tokenizer.json", data.train_bpe(data.count_pieces([folder / "text.txt"]), 80))
+    save_tokenizer(folder / "tokenizer.json", train_bpe(prepare.count_pieces([folder / "text.txt"]), 80))
     return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder) -> data.Tokenizer:
-    return data.Tokenizer(folder / "tokenizer.json")
+def tokenizer(folder) -> Tokenizer:
+    return Tokenizer(folder / "tokenizer.json")
 
 
 def make_model(backbone: str, vocab_size: int = 340) -> models.Transformer:

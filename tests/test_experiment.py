@@ -383,9 +383,9 @@ def test_a_slice_of_the_text_becomes_the_corpus(tmp_path):
     for name in ("a.train", "deep/a.train"):
         assert (tmp_path / "out" / "slice" / name).read_text() == "".join(lines[:100] + lines[200:300] + lines[400:])
     assert what["words"] == 4 * (250 + 250 + 50) and corpus.vocab_size == 270  # a.dev lies in the folder, too
-    spec.corpus, spec.prepare = f"{tmp_path}/mine", (f"data.py {text}/deep --dev {text}/a.dev --out {tmp_path}/mine",)
+    spec.corpus, spec.prepare = f"{tmp_path}/mine", (f"prepare.py {text}/deep --dev {text}/a.dev --out {tmp_path}/mine",)
     assert experiment.open_corpus(spec)[1]["words"] == 4 * 450
-    spec.corpus, spec.prepare = f"{tmp_path}/none", ("data.py nowhere --dev nowhere --out nowhere",)
+    spec.corpus, spec.prepare = f"{tmp_path}/none", ("prepare.py nowhere --dev nowhere --out nowhere",)
     with pytest.raises(experiment.DataError, match="none: was missing, and the command that makes it failed: python d"):
         experiment.open_corpus(spec)
 

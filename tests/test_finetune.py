@@ -1,6 +1,5 @@
 """Fine-tuning and submission files, from small tasks made here. Alone: python -m pytest tests/test_finetune.py"""
 
-import gzip
 import itertools
 import json
 import math
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from antlm.tokenizer import Tokenizer
 import config
-import data
 import finetune
 import model as models
 from eval import EvalError
@@ -50,7 +49,7 @@ def make_run(folder: Path, corpus: str, backbone: str, schedule: str = "1_CLM+1_
     folder.mkdir()
     tokenizer = Path(corpus) / "tokenizer.json"
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    tokenizer = data.Tokenizer(tokenizer)
+    tokenizer = Tokenizer(tokenizer)
     models.save_checkpoint(folder / "step_0000010.pt", make_model(backbone, tokenizer.vocab_size), step=10, boundary="line",
                            settings=dict(schedule=schedule, block_size=16), tokenizer_sha256=tokenizer.sha256)
     return folder

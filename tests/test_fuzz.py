@@ -25,6 +25,9 @@ import numpy as np
 import pytest
 import torch
 
+import prepare
+from antlm.files import DataError
+from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer
 import config
 import data
 import eval as evaluation
@@ -136,13 +139,13 @@ def folder(tmp_path_factory) -> Path:
     """A good corpus, and its text."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "text.txt").write_text(TEXT, "utf-8")
-    data.prepare([str(folder / "text.txt")], [str(folder / "text.txt")], str(folder / "corpus"), vocab_size=300)
+    prepare.prepare([str(folder / "text.txt")], [str(folder / "text.txt")], str(folder / "corpus"), vocab_size=300)
     return folder
 
 
 @pytest.fixture(scope="module")
-def tok(folder) -> data.Tokenizer:
-    return data.Tokenizer(folder / "corpus" / "tokenizer.json")
+def tok(folder) -> Tokenizer:
+    return Tokenizer(folder / "corpus" / "tokenizer.json")
 
 
 # ---------------------------------------------------------------------------------------- schedules and settings
@@ -247,9 +250,9 @@ def test_text(folder, tmp_path, tok):
 
         def prepare(boundary: str):
             with contextlib.redirect_stdout(io.StringIO()):
-                return data.prepare(*arguments, str(tmp_path / boundary), boundary=boundary, vocab_size=270, **options)
+                return prepare.prepare(*arguments, str(tmp_path / boundary), boundary=boundary, vocab_size=270, **options)
 
-        if not attempt("text", data.DataError, lambda: prepare("none")):
+        if not attempt("text", DataError, lambda: prepare("none")):
             assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
             return
         prepare("line")
@@ -257,7 +260,7 @@ def test_text(folder, tmp_path, tok):
         lines = [x for x in raw.decode().removeprefix("\ufeff").replace("\r\n", "\n").split("\n") if x]
         assert none.tokenizer.bpe.decode_bytes(none.train.tolist()).decode() == "".join(x + "\n" for x in lines)
         assert line.tokenizer.bpe.decode_bytes(line.train.tolist()).decode() == "".join("<s>" + x for x in lines)
-        assert (none.train > data.MASK).all() and (line.train == data.START).sum() == len(lines)
+        assert (none.train > MASK).all() and (line.train == START).sum() == len(lines)
     check()
 
 
@@ -270,10 +273,10 @@ def test_round_trip_of_any_text(tok):
     def check(text):
         ids = attempt("any text", (), lambda: tok.encode(text))
         assert tok.bpe.decode_bytes(ids).decode() == tok.decode(ids) == text
-        assert all(data.MASK < i < tok.vocab_size for i in ids)
-        for boundary in data.BOUNDARIES:
+        assert all(MASK < i < tok.vocab_size for i in ids)
+        for boundary in BOUNDARIES:
             assert tok.encode_text(text, boundary)[1:] == [
-                data.START if boundary == "line" and tok.decode([i]) == "\n" else i for i in ids]
+                START if boundary == "line" and tok.decode([i]) == "\n" else i for i in ids]
     check()
 
 
@@ -292,7 +295,7 @@ def test_one_long_line(folder, tmp_path, line):
     (tmp_path / "text.txt").write_text(f"a duck\n{text}\n", "utf-8", newline="")
     for options in ({"vocab_size": 290}, {"tokenizer": str(folder / "corpus" / "tokenizer.json")}):
         with contextlib.redirect_stdout(io.StringIO()):
-            attempt("long lines", (), lambda: data.prepare([str(tmp_path / "text.txt")], [str(folder / "text.txt")],
+            attempt("long lines", (), lambda: prepare.prepare([str(tmp_path / "text.txt")], [str(folder / "text.txt")],
                                                            str(tmp_path / "out"), boundary="none", **options))
         corpus = data.Corpus(tmp_path / "out")
         assert corpus.tokenizer.bpe.decode_bytes(corpus.train.tolist()).decode() == f"a duck\n{text}\n"
@@ -315,7 +318,7 @@ def test_tokenizer_files(folder, tmp_path):
     @hypothesis.given(changed(sample).map(whole).map(dumps) | damaged(raw) | values.map(dumps))
     def check(raw):
         path.write_bytes(raw)
-        if t := attempt("tokenizer files", data.DataError, lambda: data.Tokenizer(path)):
+        if t := attempt("tokenizer files", DataError, lambda: Tokenizer(path)):
             ids = t.encode(TEXT)
             assert t.decode(ids) == TEXT and max(ids) < t.vocab_size
     check()
@@ -354,8 +357,8 @@ def test_corpus_folders(folder, tmp_path):
         if what != "bytes" or draw.draw(st.booleans()):
             digests(bad, lie)
             (bad / "meta.json").write_bytes(dumps(lie))
-        if corpus := attempt(f"corpus folders, {what}", data.DataError, lambda: data.Corpus(bad)):
-            assert corpus.vocab_size == 300 and corpus.boundary in data.BOUNDARIES
+        if corpus := attempt(f"corpus folders, {what}", DataError, lambda: data.Corpus(bad)):
+            assert corpus.vocab_size == 300 and corpus.boundary in BOUNDARIES
             for name in ("train", "dev"):
                 array = getattr(corpus, name)
                 assert np.array_equal(array, np.fromfile(bad / f"{name}.bin", np.uint16)) and 0 < array.max() + 1 <= 300
@@ -394,7 +397,7 @@ def test_evaluation_files(tmp_path, tok):
             return evaluation.read_tasks(str(task), protocol=protocol)
 
     @fuzz(300)
-    @hypothesis.given(file(), st.sampled_from(["2025", "2024"]), st.sampled_from(data.BOUNDARIES))
+    @hypothesis.given(file(), st.sampled_from(["2025", "2024"]), st.sampled_from(BOUNDARIES))
     def check(raw, protocol, boundary):
         (tmp_path / "task.jsonl").write_bytes(raw)
         for item in attempt("evaluation files", evaluation.EvalError, lambda: read(tmp_path, protocol)) or ():
@@ -406,7 +409,7 @@ def test_evaluation_files(tmp_path, tok):
                     if protocol == "2024":
                         text, start = (text, len(text[:start].rstrip())) if start else (" " + text, 0)
                     bare = protocol == "2024" and start and mode == "causal"  # no start token in front
-                    plain = [newline if i == data.START else i for i in row.tolist()][0 if bare else 1:]
+                    plain = [newline if i == START else i for i in row.tolist()][0 if bare else 1:]
                     context, at = len(text[:start].encode()), at - (not bare)
                     assert tok.bpe.decode_bytes(plain).decode() == text
                     # The target's first token is the first that ends beyond the context; with none before it, the next.
@@ -441,7 +444,7 @@ def write(path: Path, content: dict) -> Path:
     return path
 
 
-REFUSED = evaluation.EvalError, data.DataError, models.CheckpointError
+REFUSED = evaluation.EvalError, DataError, models.CheckpointError
 
 
 class Runs:
@@ -644,7 +647,7 @@ def test_options_beyond_a_training_row_are_scored_whole(tmp_path, tok, backbone,
         for i in range(at, len(row)):
             x = torch.tensor(row[None].copy())
             if mode != "causal":
-                x[0, i] = data.MASK
+                x[0, i] = MASK
             logits = model(x, causal=mode == "causal")[0, i if mode == "masked" else i - 1]
             total += logits.double().log_softmax(-1)[row[i]].item()
         expected.append(total)
@@ -677,12 +680,12 @@ def test_a_vocabulary_of_70000(tmp_path):
     quads = [(a + b, bytes([c])) for a, b in triples for c in range(97, 123)]
     merges = [*pairs, *triples, *quads][:70_000 - 260]
     assert len(merges) == 69_740
-    data.save_tokenizer(tmp_path / "large.json", merges)
-    tok = data.Tokenizer(tmp_path / "large.json")
+    save_tokenizer(tmp_path / "large.json", merges)
+    tok = Tokenizer(tmp_path / "large.json")
     assert tok.vocab_size == 70_000
     last = [(a + b).decode() for a, b in merges[-3000:]]
     (tmp_path / "text.txt").write_text("\n".join(last))
-    data.prepare([str(tmp_path / "text.txt")], [str(tmp_path / "text.txt")], str(tmp_path / "corpus"), vocab_size=260,
+    prepare.prepare([str(tmp_path / "text.txt")], [str(tmp_path / "text.txt")], str(tmp_path / "corpus"), vocab_size=260,
                  tokenizer=str(tmp_path / "large.json"))
     corpus = data.Corpus(tmp_path / "corpus")
     assert corpus.meta["train"]["dtype"] == "uint32" == corpus.train.dtype.name and corpus.vocab_size == 70_000
@@ -703,11 +706,11 @@ def test_a_vocabulary_of_70000(tmp_path):
 @pytest.mark.parametrize("objective", ["CLM", "MLM", "MNTP"])
 def test_a_vocabulary_of_bytes_alone(tmp_path, objective):
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) + "é世\n".encode() * 9)
-    data.prepare([str(tmp_path / "text.txt")], [str(tmp_path / "text.txt")], str(tmp_path / "corpus"), vocab_size=260)
+    prepare.prepare([str(tmp_path / "text.txt")], [str(tmp_path / "text.txt")], str(tmp_path / "corpus"), vocab_size=260)
     corpus = data.Corpus(tmp_path / "corpus")
     assert corpus.vocab_size == 260 and corpus.meta["train"]["dtype"] == "uint16"
     tokens, targets, _ = data.Batches(corpus.train, 260, 16, 8, 0, 4).batch(objective, 0, 0, np.arange(8), 0.2)
-    assert 0 <= tokens.min() and tokens.max() < 260 and targets.max() > data.MASK
+    assert 0 <= tokens.min() and tokens.max() < 260 and targets.max() > MASK
 
 
 @pytest.mark.parametrize("text, said", [
@@ -715,8 +718,8 @@ def test_a_vocabulary_of_bytes_alone(tmp_path, objective):
 def test_a_corpus_shorter_than_a_row(folder, tmp_path, text, said):
     (tmp_path / "text.txt").write_text(text, "utf-8", newline="")
     flags = [f"--corpus={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
-    with pytest.raises(data.DataError, match=said) as e:
-        data.prepare([str(tmp_path / "text.txt")], [str(folder / "text.txt")], str(tmp_path / "corpus"),
+    with pytest.raises(DataError, match=said) as e:
+        prepare.prepare([str(tmp_path / "text.txt")], [str(folder / "text.txt")], str(tmp_path / "corpus"),
                      tokenizer=str(folder / "corpus" / "tokenizer.json"))
         train.train(config.load(train.Settings, flags))
     assert len(str(e.value).splitlines()) == 1

@@ -23,9 +23,9 @@ tokenizers = pytest.importorskip("tokenizers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 yaml = pytest.importorskip("yaml")
 
-import data  # noqa: E402
+import prepare
 import eval as evaluation  # noqa: E402
-from data import END, MASK, PAD, START  # noqa: E402
+from antlm.tokenizer import END, MASK, PAD, START, Tokenizer, save_tokenizer, train_bpe  # noqa: E402
 from model import ModelConfig, Transformer, checkpoints, generate, load_checkpoint, save_checkpoint  # noqa: E402
 from train import Settings  # noqa: E402
 
@@ -57,8 +57,8 @@ def make_run(run: Path, backbone: str, tied: bool, boundary: str, words: int | N
     """A run folder with one checkpoint of random weights, large enough that every position matters to every other."""
     run.mkdir(exist_ok=True)
     (run / "text.txt").write_text(TEXT, encoding="utf-8")
-    data.save_tokenizer(run / "tokenizer.json", data.train_bpe(data.count_pieces([run / "text.txt"]), 80))
-    tokenizer = data.Tokenizer(run / "tokenizer.json")
+    save_tokenizer(run / "tokenizer.json", train_bpe(prepare.count_pieces([run / "text.txt"]), 80))
+    tokenizer = Tokenizer(run / "tokenizer.json")
     sizes = dict(backbone=backbone, n_layer=3, n_head=2, n_embd=32, n_ff=48, tied=tied, dropout=0.1, n_bucket=8,
                  max_position=16)
     torch.manual_seed(7)
@@ -82,7 +82,7 @@ def made(tmp_path_factory):
             run, out = root / kind, root / f"{kind}_out"
             model = make_run(run, *KINDS[kind])
             export_hf.main([str(run), str(out)])
-            known[kind] = model, data.Tokenizer(run / "tokenizer.json"), KINDS[kind][2], run, out
+            known[kind] = model, Tokenizer(run / "tokenizer.json"), KINDS[kind][2], run, out
         return known[kind]
     return get
 
@@ -254,14 +254,14 @@ def test_saved_again_by_transformers_it_is_the_same_and_stays_tied(made, tmp_pat
     import_hf.main([str(tmp_path / "again"), str(tmp_path / "run")])
     _, content, back, tokenizer = evaluation.load_run(str(tmp_path / "run"), "cpu")
     assert_equal_weights(back, model)
-    ours = data.Tokenizer(run / "tokenizer.json")
+    ours = Tokenizer(run / "tokenizer.json")
     assert tokenizer.encode_text(TEXT, content["boundary"]) == ours.encode_text(TEXT, boundary)
 
 
 # ------------------------------------------------------------------------------------------- exported tokenizers
 
 
-def check_encodings(hf, tokenizer: data.Tokenizer, boundary: str, texts: list[str]):
+def check_encodings(hf, tokenizer: Tokenizer, boundary: str, texts: list[str]):
     """Ids, character offsets, and where a target starts that begins in the middle of a text, as in EWoK."""
     batch, options, firsts = hf(texts, return_offsets_mapping=True), [], []
     for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"]):
@@ -317,12 +317,12 @@ def test_tokenizer_gives_our_ids_on_real_lines(tmp_path, boundary):
     lines = lines[:10_000]
     assert len(lines) == 10_000
     (tmp_path / "text.txt").write_text("\n".join(lines[::4]), encoding="utf-8", newline="")
-    data.save_tokenizer(tmp_path / "tokenizer.json", data.train_bpe(data.count_pieces([tmp_path / "text.txt"]), 4000))
+    save_tokenizer(tmp_path / "tokenizer.json", train_bpe(prepare.count_pieces([tmp_path / "text.txt"]), 4000))
     (tmp_path / "out").mkdir()
     export_hf.export_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", boundary, START, 512)
     hf = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     texts = [f"{a}\n{b}" if n % 7 == 0 else a for n, (a, b) in enumerate(zip(lines, lines[1:] + lines[:1]))]
-    check_encodings(hf, data.Tokenizer(tmp_path / "tokenizer.json"), boundary, texts)
+    check_encodings(hf, Tokenizer(tmp_path / "tokenizer.json"), boundary, texts)
 
 
 # ------------------------------------------------------------------------------------------------- there and back

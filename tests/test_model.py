@@ -20,8 +20,7 @@ import torch.nn.functional as F
 
 import config
 import train
-from model import (IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest, dropout,
-                   generate, load_checkpoint, load_model, position_buckets, position_scores, save_checkpoint)
+from model import IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest, dropout, generate, load_checkpoint, load_model, position_buckets, position_scores, save_checkpoint
 
 HERE = Path(__file__).parent
 BACKBONES = ("babyllama", "ltg_bert")

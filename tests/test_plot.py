@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
 
-import data
+from antlm.tokenizer import Tokenizer
 import eval as evaluation
 import model as models
 
@@ -211,7 +211,7 @@ def test_a_result_of_eval_itself(tmp_path, corpus):
     for folder in run, pairs:
         folder.mkdir()
     (run / "tokenizer.json").write_bytes(Path(corpus, "tokenizer.json").read_bytes())
-    tokenizer = data.Tokenizer(run / "tokenizer.json")
+    tokenizer = Tokenizer(run / "tokenizer.json")
     model = models.Transformer(models.ModelConfig("babyllama", 300, n_layer=1, n_head=2, n_embd=16, n_ff=16))
     models.save_checkpoint(run / "step_0000009.pt", model, step=9, settings=dict(schedule="1_CLM+1_MLM", block_size=16),
                            boundary="line", tokenizer_sha256=tokenizer.sha256)

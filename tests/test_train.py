@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import prepare
+from antlm.files import DataError
 import config
 import data
 import schedule
@@ -280,7 +282,7 @@ def test_a_missing_corpus_is_made_and_the_end_is_scored(corpus, tmp_path, monkey
 
     monkeypatch.setattr(subprocess, "run", call)
     args = [*TINY, "--schedule=1_CLM", f"--corpus={tmp_path / 'new'}", f"--out_dir={folder}", "--prepare=make.py 'a b',more.py", "--score=pairs"]
-    with pytest.raises(data.DataError, match="was missing, and the command"):
+    with pytest.raises(DataError, match="was missing, and the command"):
         once(*args)
     codes.clear()
     asked.clear()
@@ -310,7 +312,7 @@ def test_a_run_goes_on_with_its_own_settings_and_text_alone(corpus, tmp_path):
     for name, value in OTHER.items():
         assert f"with {name}=" in refusal(*args, "--resume", f"--{name}={value}")
     text = Path(corpus).parent
-    data.prepare([str(text / "text.dev")], [str(text / "text.train")], str(tmp_path / "other"), tokenizer=f"{corpus}/tokenizer.json")
+    prepare.prepare([str(text / "text.dev")], [str(text / "text.train")], str(tmp_path / "other"), tokenizer=f"{corpus}/tokenizer.json")
     assert "another corpus" in refusal(*args, "--resume", f"--corpus={tmp_path / 'other'}")
 
 
@@ -385,7 +387,7 @@ def test_bad_starts_end_in_one_line(corpus, tmp_path):
             (["--resume", "--schedule=2_CLM"], ["schedule", newest.name])):
         error = refusal(*args, *extra)
         assert "\n" not in error and all(word in error for word in expected), error
-    for extra, expected in ((["--corpus=nowhere"], ["nowhere", "data.py"]), (["--block_size=100000"], ["100000", "block_size"])):
+    for extra, expected in ((["--corpus=nowhere"], ["nowhere", "prepare.py"]), (["--block_size=100000"], ["100000", "block_size"])):
         error = run(*args, *extra, code=1)
         assert error.count("\n") == 1 and error.startswith("train.py: ") and all(word in error for word in expected), error
 
@@ -481,7 +483,7 @@ def test_the_rows_of_a_loss_that_is_not_finite_are_named(tmp_path):
     lines = [f"The {a} sees the {b} that the {c} hears." for a in ANIMALS for b in ANIMALS for c in ANIMALS]
     (tmp_path / "text.train").write_text("\n".join([*lines, "The zebra sees the cat.", *lines]))
     (tmp_path / "text.dev").write_text("\n".join(lines))
-    data.prepare([str(tmp_path / "text.train")], [str(tmp_path / "text.dev")], str(tmp_path / "corpus"), 280)
+    prepare.prepare([str(tmp_path / "text.train")], [str(tmp_path / "text.dev")], str(tmp_path / "corpus"), 280)
     corpus = data.Corpus(str(tmp_path / "corpus"))
     z, = corpus.tokenizer.encode("z")
     args = [*TINY, "--schedule=2_CLM", f"--corpus={corpus.folder}", f"--out_dir={tmp_path / 'run'}", "--backbone=ltg_bert",

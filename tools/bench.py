@@ -30,9 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from antlm.files import DataError
 import config
 import eval as evaluation
-from data import MASK, SPECIAL, Batches
+from antlm.tokenizer import MASK, SPECIAL, Tokenizer
+from data import Batches
 from model import IGNORE, Transformer
 from schedule import OBJECTIVES
 from train import Processes, Settings, make_optimizers, to_device, update
@@ -289,7 +291,7 @@ def bench_scoring(a, device: str):
     print(f"{name}, torch {torch.__version__}, float32, {len(items):,} pairs of {a.scoring}, median of {a.rounds} rounds")
     for file in a.configs:
         s = config.load(Settings, [file, *(f"--{item}" for item in a.set)])
-        tokenizer = evaluation.Tokenizer(a.tokenizer or Path(s.corpus) / "tokenizer.json")
+        tokenizer = Tokenizer(a.tokenizer or Path(s.corpus) / "tokenizer.json")
         torch.manual_seed(1)
         model = Transformer(s.model_config(tokenizer.vocab_size)).to(device).eval()
         ids, first = evaluation.encode(texts, tokenizer, "line", "2025", "causal")
@@ -328,7 +330,7 @@ def main():
         (bench_scoring if a.scoring else bench_training)(a, device)
     except (EOFError, BrokenPipeError):
         sys.exit("bench.py: a case has died, see above; if the system has killed it, memory ran out: try fewer --rows")
-    except (config.ConfigError, evaluation.EvalError, evaluation.DataError, OSError) as e:
+    except (config.ConfigError, evaluation.EvalError, DataError, OSError) as e:
         sys.exit(f"bench.py: {e}")
 
 

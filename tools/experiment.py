@@ -37,7 +37,9 @@ import torch
 import config
 import finetune
 import plot
-from data import Batches, Corpus, DataError, text_files
+from data import Batches, Corpus
+from antlm.files import DataError
+from prepare import text_files
 from eval import MODES, EvalError, fingerprint, read_result, read_tasks, result_name, write_result
 from model import checkpoints
 from schedule import parse
@@ -66,7 +68,7 @@ class Spec:
     settings: dict = field(default_factory=dict)  # settings of train.py for all arms, over those of the file
     unequal_epochs: bool = False  # may arms differ in epochs?
     # the text
-    corpus: str = ""  # folder made by data.py; default: OUT/corpus. If it is missing, it is made from
+    corpus: str = ""  # folder made by prepare.py; default: OUT/corpus. If it is missing, it is made from
     text: str = "babylm_10M"  # training text, file or folder
     dev: str = "babylm_dev"  # development text, all of it
     slice: int = 1  # of every so many blocks of 100 lines of each training file the first; 1: all
@@ -152,7 +154,7 @@ def open_corpus(spec: Spec) -> tuple[Corpus, dict]:
             if spec.slice > 1 and not spec.prepare:
                 slice_text(spec.text, Path(spec.out, "slice"), spec.slice)
             text = f"{spec.out}/slice" if spec.slice > 1 else spec.text
-            own = [f"{HERE}/data.py", text, "--dev", spec.dev, "--out", spec.corpus, "--vocab_size", str(spec.vocab_size)]
+            own = [f"{HERE}/prepare.py", text, "--dev", spec.dev, "--out", spec.corpus, "--vocab_size", str(spec.vocab_size)]
             for command in spec.prepare or [shlex.join(own)]:
                 print(f"python {command}", flush=True)
                 if subprocess.run([sys.executable, *shlex.split(command)], pass_fds=[lock.fileno()]).returncode:

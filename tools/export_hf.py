@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import PAD, DataError, Tokenizer, json_write, tokenizer_json
+from antlm.tokenizer import PAD, Tokenizer, tokenizer_json
+from antlm.files import DataError, json_write
 from eval import EvalError, load_run, read_result
 from model import CheckpointError, ModelConfig, Transformer, checkpoints
 from schedule import WORD_MARKS

@@ -3,7 +3,7 @@
     python tools/import_hf.py hf/babyllama runs/theirs && python eval.py runs/theirs --task blimp_filtered
 
 Reads LlamaForCausalLM and LTG-BERT (of tools/export_hf.py, or with the parameter names of the ltg-bert reference) with
-a byte-level BPE tokenizer. Its ids are renumbered as data.py numbers them: special tokens, bytes, merges, the rest. A
+a byte-level BPE tokenizer. Its ids are renumbered as prepare.py numbers them: special tokens, bytes, merges, the rest. A
 special token or byte that the folder lacks gets the mean of all rows, which takes at most 1 / vocabulary from the
 probability of any token (Jensen). As for our own runs, a start token stands in front of every text, whatever the
 folder's template adds. Needs safetensors.
@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from data import PATTERN, SPECIAL, DataError, Tokenizer, byte_alphabet, json_write, tokenizer_json
+from antlm.tokenizer import PATTERN, SPECIAL, Tokenizer, byte_alphabet, tokenizer_json
+from antlm.files import DataError, json_write
 from export_hf import ExportError, new_folder, their_names
 from model import CheckpointError, ModelConfig, Transformer, load_model, save_checkpoint
 from train import Settings

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import data
+import prepare
 from model import CheckpointError, checkpoints, load_checkpoint
 
 SETTINGS = ["--schedule=1_CLM+1_MLM+1_1CLM:2MNTP", "--n_layer=2", "--n_head=2", "--n_embd=64", "--n_ff=96", "--n_bucket=8",
@@ -39,7 +39,7 @@ def make_corpus(folder: Path) -> Path:
     rng, words = random.Random(1), "the cat dog bird sees hears follows a child teacher".split()
     for name, n in (("text.train", 180), ("text.dev", 80)):
         (folder / name).write_text("".join(" ".join(rng.choices(words, k=6)) + ".\n" for _ in range(n)))
-    data.prepare([str(folder / "text.train")], [str(folder / "text.dev")], str(folder / "corpus"), vocab_size=280)
+    prepare.prepare([str(folder / "text.train")], [str(folder / "text.dev")], str(folder / "corpus"), vocab_size=280)
     return folder / "corpus"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import DataError
+from antlm.files import DataError
 from eval import EvalError, Item, fingerprint, read_result, read_tasks
 
 # Items by subset, as collate_preds.py of 2025 asserts them; of BLiMP's 67 files and entity tracking's splits the sums.
