@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from antlm.files import DataError
 from antlm.tokenizer import BOUNDARIES, MASK, SPECIAL, Tokenizer
+from config import UserError
 
 
 class Corpus:
@@ -25,14 +25,14 @@ class Corpus:
                 raise ValueError(f"boundary {ascii(self.boundary)[:60]}")
             self.train, self.dev = self.open("train"), self.open("dev")
         except OSError as e:
-            raise DataError(f"{e.filename or self.folder}: cannot be read ({e.strerror}); prepare.py writes it") from None
+            raise UserError(f"{e.filename or self.folder}: cannot be read ({e.strerror}); prepare.py writes it") from None
         except (ValueError, LookupError, TypeError, RecursionError) as e:
-            raise DataError(f"{self.folder}/meta.json: not written by prepare.py ({type(e).__name__}: {e})") from None
+            raise UserError(f"{self.folder}/meta.json: not written by prepare.py ({type(e).__name__}: {e})") from None
 
     def check(self, path: Path, stated: dict, **found):
         for name, value in found.items():
             if stated[name] != value:
-                raise DataError(f"{path}: {name} is {value}, but {ascii(stated[name])[:70]} in meta.json; "
+                raise UserError(f"{path}: {name} is {value}, but {ascii(stated[name])[:70]} in meta.json; "
                                 "prepare the corpus again with prepare.py")
 
     def open(self, split: str) -> np.ndarray:
@@ -43,7 +43,7 @@ class Corpus:
         ids = np.memmap(path, dtype, mode="r")
         self.check(path, stats, max_id=int(ids.max()))
         if stats["max_id"] >= self.vocab_size:
-            raise DataError(f"{path}: token {stats['max_id']} in a vocabulary of {self.vocab_size}; prepare it again")
+            raise UserError(f"{path}: token {stats['max_id']} in a vocabulary of {self.vocab_size}; prepare it again")
         if type(stats["words"]) is not int or not 0 < stats["words"] <= len(ids):
             raise ValueError(f"{split}: words {ascii(stats['words'])[:60]}")
         return ids

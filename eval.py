@@ -19,17 +19,15 @@ import numpy as np
 import tiktoken
 import torch
 
-from antlm.tokenizer import BOUNDARIES, MASK, SPECIAL, START, Tokenizer
-from antlm.files import DataError, Progress
-from model import CheckpointError, Transformer, generate, load_checkpoint, load_model, load_newest
-from antlm.files import write_whole
+from antlm.checkpoint import load_run
+from antlm.distributed import pick_device
+from antlm.files import Progress, write_whole
+from antlm.tokenizer import MASK, SPECIAL, START, Tokenizer
+from config import UserError
+from model import Transformer, generate
 from schedule import parse
 
 MODES = {"CLM": "causal", "MLM": "masked", "MNTP": "mntp"}  # how to ask a model that was trained with an objective
-
-
-class EvalError(DataError):
-    """One line for the user: which file, where, what was expected, what to do."""
 
 
 # ------------------------------------------------------------------------------------------------ reading tasks
@@ -84,48 +82,48 @@ EXPECTED = {"options": ("two or more texts", lambda x: isinstance(x, list) and l
 
 
 def json_lines(path: Path, limit: int = 0) -> list[tuple[str, dict]]:
-    """file:line and object of the first `limit` lines that are not blank (0: all); raises EvalError."""
+    """file:line and object of the first `limit` lines that are not blank (0: all); raises UserError."""
     lines = [(f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     if not lines:
-        raise EvalError(f"{path}: is empty; one JSON object a line was expected")
+        raise UserError(f"{path}: is empty; one JSON object a line was expected")
     records = []
     for where, line in lines[:limit or None]:
         try:
             records.append((where, json.loads(line)))
         except (ValueError, RecursionError) as e:
-            raise EvalError(f"{where}: not JSON in UTF-8 ({e})") from None
+            raise UserError(f"{where}: not JSON in UTF-8 ({e})") from None
         if not isinstance(records[-1][1], dict):
-            raise EvalError(f"{where}: a JSON object was expected, not {type(records[-1][1]).__name__}")
+            raise UserError(f"{where}: a JSON object was expected, not {type(records[-1][1]).__name__}")
     return records
 
 
 def read_file(path: Path, task: str, limit: int, protocol: str) -> list[Item]:
-    """The first `limit` items of a file (0: all), none if its first line is of no known kind; raises EvalError."""
+    """The first `limit` items of a file (0: all), none if its first line is of no known kind; raises UserError."""
     items, kind = [], None
     for where, record in json_lines(path, limit):
         kind = kind or next((kind for kind in KINDS if KINDS[kind][0] in record), None)
         if kind is None:
             return []
         if protocol == "2024" and kind not in (blimp, ewok):
-            raise EvalError(f"{path}: the 2024 pipeline had no {kind.__name__}; use --protocol 2025")
+            raise UserError(f"{path}: the 2024 pipeline had no {kind.__name__}; use --protocol 2025")
         for name in KINDS[kind]:
             expected, good = EXPECTED.get(name, ("text", is_text))
             if not good(record.get(name)):
                 x = record.get(name)  # which may be nested too deeply to print
                 found = "missing" if name not in record else "nested" if isinstance(x, (list, dict)) else ascii(x)[:60]
-                raise EvalError(f"{where}: field {name!r} must be {expected}, it is {found}")
+                raise UserError(f"{where}: field {name!r} must be {expected}, it is {found}")
         items.append(Item(where, task, kind.__name__, *kind(record, path.stem)))
     return items
 
 
 def read_tasks(path: str, limit: int = 0, protocol: str = "2025") -> list[Item]:
-    """Items of a file or folder; each folder in it that holds .jsonl files is a task. Raises EvalError."""
+    """Items of a file or folder; each folder in it that holds .jsonl files is a task. Raises UserError."""
     root, items, unknown = Path(path), [], []
     if not root.exists():
-        raise EvalError(f"{root}: does not exist; name a .jsonl file or a folder of them")
+        raise UserError(f"{root}: does not exist; name a .jsonl file or a folder of them")
     for file in sorted(root.rglob("*.jsonl")) if root.is_dir() else [root]:
         if not is_text(str(file)) or "\n" in str(file):
-            raise EvalError(f"{ascii(str(file))}: the results could not name it; rename it to UTF-8 text of one line")
+            raise UserError(f"{ascii(str(file))}: the results could not name it; rename it to UTF-8 text of one line")
         inside = root.is_dir() and file.parent != root
         task = file.parent.relative_to(root).as_posix() if inside else root.resolve().name.removesuffix(".jsonl")
         found = read_file(file, task, limit, protocol)
@@ -133,7 +131,7 @@ def read_tasks(path: str, limit: int = 0, protocol: str = "2025") -> list[Item]:
         unknown += [] if found else [str(file)]
     if not items:
         known = ", ".join(fields[0] for fields in KINDS.values())
-        raise EvalError(f"{root}: {len(unknown)} .jsonl file(s) in it, none has a task's field ({known})")
+        raise UserError(f"{root}: {len(unknown)} .jsonl file(s) in it, none has a task's field ({known})")
     if unknown:
         print(f"skipped, of no known task: {', '.join(unknown)}", file=sys.stderr)
     return items
@@ -272,19 +270,19 @@ def score(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: st
 
     causal: each token given those before it. masked: each hidden alone, all others visible (Salazar et al. 2020).
     mntp: as masked, read one position earlier. A batch holds at most batch_tokens tokens. bfloat16: autocast. Raises
-    EvalError that starts with the text's name (names, one a text) where no token is to be scored or a score is not
+    UserError that starts with the text's name (names, one a text) where no token is to be scored or a score is not
     finite.
     """
     low = 0 if mode == "causal" else len(SPECIAL)
     count, read = np.array([(row[start:] >= low).sum() for row, start in zip(ids, first)]), 0
     if not count.all():
-        raise EvalError(f"{names[count.argmin()]}: a target without a token to score in {mode} mode")
+        raise UserError(f"{names[count.argmin()]}: a target without a token to score in {mode} mode")
     total, progress = np.zeros(len(ids)), Progress(f"scoring, {mode}", count.sum())
     reader = read_causal if mode == "causal" else read_masked
     for text, values in reader(model, ids, first, mode, batch_tokens, dtype):
         if not np.isfinite(values).all():
             name = names[text[~np.isfinite(values)][0]]
-            raise EvalError(f"{name}: score in {mode} mode is not finite; broken weights, or overflow of {dtype}")
+            raise UserError(f"{name}: score in {mode} mode is not finite; broken weights, or overflow of {dtype}")
         np.add.at(total, text, values)
         progress(read := read + len(values))
     return total / count if mean else total
@@ -330,37 +328,6 @@ def table(task: str, result: dict, modes: list[str]) -> str:
 # -------------------------------------------------------------------------------------------------- the program
 
 
-def load_run(path: str, device: str):
-    """Path, content, model and tokenizer of a checkpoint, or of the newest whole one in a run folder."""
-    if Path(path).is_dir():
-        file, content = load_newest(Path(path), lambda *text: print(*text, file=sys.stderr))
-        if not content:
-            raise EvalError(f"{path}: holds no whole checkpoint (step_*.pt); train.py writes them")
-    else:
-        file, content = Path(path), load_checkpoint(Path(path))
-    tokenizer = Tokenizer(file.parent / "tokenizer.json")
-    try:
-        if tokenizer.sha256 != content["tokenizer_sha256"] or tokenizer.vocab_size > content["config"]["vocab_size"]:
-            raise EvalError(f"{file.parent}/tokenizer.json: not the one that {file.name} was trained with (sha256)")
-        parse(content["settings"]["schedule"])
-        numbers = content["step"], content["settings"]["block_size"]
-        if any(type(n) is not int or n < 1 for n in numbers) or content["boundary"] not in BOUNDARIES:
-            raise ValueError("step, block_size or boundary")
-        return file, content, load_model(content, device, file), tokenizer
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise EvalError(f"{file}: not a checkpoint of this train.py ({type(e).__name__}: {e})") from None
-
-
-def pick_device(name: str) -> str:
-    """The device to score on, set up for rows of many lengths; raises EvalError where torch does not find it."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to a second, for every new shape
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(d for d in found if found[d]) if name == "auto" else name
-    if not found[device]:
-        raise EvalError(f"--device {name}: torch finds none; choose cpu or auto")
-    return device
-
-
 def print_samples(model: Transformer, content: dict, tokenizer: Tokenizer, args):
     """Continue args.sample args.n times in causal mode, each time up to where a new text would start."""
     prompt = tokenizer.encode_text(args.sample, content["boundary"])
@@ -368,7 +335,7 @@ def print_samples(model: Transformer, content: dict, tokenizer: Tokenizer, args)
     tokens = torch.tensor([prompt], device=device)
     with torch.inference_mode():
         if not model(tokens, causal=True).isfinite().all():
-            raise EvalError(f"{args.run}: the model's logits are not finite; broken weights")
+            raise UserError(f"{args.run}: the model's logits are not finite; broken weights")
     generator = torch.Generator(device).manual_seed(args.seed % (1 << 63))
     never = {*SPECIAL.values(), *range(tokenizer.vocab_size, model.config.vocab_size)} - {prompt[0]}
     for i in range(args.n):
@@ -396,12 +363,12 @@ def write_result(path: Path, whole: dict):
 
 
 def read_result(path: Path) -> dict:
-    """Content of a result file of eval.py or finetune.py; raises EvalError."""
+    """Content of a result file of eval.py or finetune.py; raises UserError."""
     try:
         whole = json.loads(path.read_bytes())
         whole["tasks"].items(), whole["step"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise EvalError(f"{path}: not a result file of ours ({type(e).__name__}: {e}); remove it") from None
+        raise UserError(f"{path}: not a result file of ours ({type(e).__name__}: {e}); remove it") from None
     return whole
 
 
@@ -425,14 +392,14 @@ def score_tasks(items: list[Item], model: Transformer, content: dict, tokenizer:
 
 
 def evaluate(args):
-    """Do what the command line asks for; raises EvalError, DataError, CheckpointError and OSError."""
+    """Do what the command line asks for; raises UserError, UserError, UserError and OSError."""
     for name, low in dict(limit=0, batch_tokens=0, n=1, tokens=1, top_k=0).items():
         if getattr(args, name) < low:
-            raise EvalError(f"--{name} {getattr(args, name)}: must be at least {low}")
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {low}")
     if args.temperature and not 0.01 <= args.temperature <= 100:
-        raise EvalError(f"--temperature {args.temperature}: must be 0 or lie between 0.01 and 100")
+        raise UserError(f"--temperature {args.temperature}: must be 0 or lie between 0.01 and 100")
     if not args.task and args.sample is None:
-        raise EvalError("nothing to do; give --task PATH or --sample TEXT")
+        raise UserError("nothing to do; give --task PATH or --sample TEXT")
     items = read_tasks(args.task, args.limit, args.protocol) if args.task else []
     device = pick_device(args.device)
     path, content, model, tokenizer = load_run(args.run, device)
@@ -449,7 +416,7 @@ def evaluate(args):
     modes = list(dict.fromkeys(args.mode or [mode for mode in MODES.values() if mode in trained]))
     out = Path(args.out or path.parent / result_name(args, content["step"]))
     if not out.parent.is_dir() or out.is_dir():
-        raise EvalError(f"{out}: cannot be written; --out is a file in a folder that exists")
+        raise UserError(f"{out}: cannot be written; --out is a file in a folder that exists")
     began, args.batch_tokens = time.time(), args.batch_tokens or (2048 if device == "cpu" else 16384)
     results = score_tasks(items, model, content, tokenizer, modes, args)
     for task, result in results.items():
@@ -493,7 +460,7 @@ def main(argv: list[str] | None = None):
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
         sys.exit("eval.py: the memory is full; choose a smaller --batch_tokens, or a task of shorter texts")
-    except (DataError, CheckpointError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"eval.py: {e}")
 
 

@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
+from antlm.checkpoint import digest, load_run
+from antlm.distributed import pick_device
 from antlm.tokenizer import PAD, Tokenizer
-from antlm.files import DataError
+from config import UserError
 from data import hash64
-from eval import EvalError, json_lines, load_run, pick_device, read_result, write_result
-from model import CheckpointError, Transformer, bare_norm, digest
+from eval import json_lines, read_result, write_result
+from model import Transformer, bare_norm
 from schedule import OBJECTIVES, parse
 
 TASKS = {  # name: texts of an input, what is reported (EVAL 2024: finetune_classification.py, score_predictions.py)
@@ -92,24 +94,24 @@ class Settings:
                 raise ValueError(f"{name} = {getattr(self, name)!r} {expected}")
 
     def by_task(self) -> dict[str, "Settings"]:
-        """The settings of each task, in the order of TASKS; raises ConfigError."""
+        """The settings of each task, in the order of TASKS; raises UserError."""
         found = {}
         for entry in self.tasks:
             name, *flags = str(entry).split() or [""]
             if name not in TASKS or name in found:
-                raise config.ConfigError(f"tasks: {name!r} is named twice or not one of {', '.join(TASKS)}")
+                raise UserError(f"tasks: {name!r} is named twice or not one of {', '.join(TASKS)}")
             changes = {}
             for flag in flags:
                 changes |= config.from_flag(Settings, flag) if flag.startswith("--") else config.from_file(Settings, flag)
             if own := changes.keys() & {"tasks", "out", "device"} or name == "mnli-mm" and changes.keys():
-                raise config.ConfigError(f"tasks: {name}: {min(own)} cannot be set for this task alone")
+                raise UserError(f"tasks: {name}: {min(own)} cannot be set for this task alone")
             found[name] = replace(self, **changes)
             try:
                 found[name].check()
             except ValueError as e:
-                raise config.ConfigError(f"tasks: {name}: {e}") from None
+                raise UserError(f"tasks: {name}: {e}") from None
         if "mnli-mm" in found and "mnli" not in found:
-            raise config.ConfigError("tasks: mnli-mm is scored with the model of mnli; name that, too")
+            raise UserError("tasks: mnli-mm is scored with the model of mnli; name that, too")
         return {name: found[name] for name in TASKS if name in found}
 
     def resolve(self, schedule: str) -> "Settings":
@@ -136,18 +138,18 @@ def join(a: list[int], b: list[int], length: int) -> list[int]:
 def read_split(path: Path, task: str, s: Settings, tokenizer: Tokenizer, boundary: str, classes: list[int] = []):
     """Token ids of a file's inputs, class numbers of its labels, and the classes: those given, or all labels found.
 
-    Raises EvalError for a field that is missing or no text, and for a label outside the classes.
+    Raises UserError for a field that is missing or no text, and for a label outside the classes.
     """
     templates, known, ids, labels, cut = TASKS[task][0], {}, [], [], 0
     fields = re.findall(r"{(\w+)}", "".join(templates))
     for where, record in json_lines(path, s.limit):
         for name in fields:
             if not isinstance(record.get(name), str):
-                raise EvalError(f"{where}: {task} needs a label and the texts {', '.join(fields)}; {name!r} is "
+                raise UserError(f"{where}: {task} needs a label and the texts {', '.join(fields)}; {name!r} is "
                                 + ("missing" if name not in record else "no text"))
         label = record.get("label")
         if type(label) is not int or label < 0 or classes and label not in classes:
-            raise EvalError(f"{where}: label is {ascii(label)[:40]}, not "
+            raise UserError(f"{where}: label is {ascii(label)[:40]}, not "
                             + (f"one of the train file's {classes}" if classes else "a whole number from 0 on"))
         pair = []
         for text in (template.format(**record) for template in templates):
@@ -159,19 +161,19 @@ def read_split(path: Path, task: str, s: Settings, tokenizer: Tokenizer, boundar
         labels.append(label)
     classes = classes or sorted(set(labels))
     if len(classes) < 2:
-        raise EvalError(f"{path}: every label is {classes[0]}; a classifier needs two or more")
+        raise UserError(f"{path}: every label is {classes[0]}; a classifier needs two or more")
     print(f"{task}: {path.name}, {len(ids):,} items" + f" (the first {s.limit} only)" * (s.limit > 0)
           + f", {cut:,} cut to {s.max_length} tokens" * (cut > 0), flush=True)
     return ids, np.searchsorted(classes, labels), classes
 
 
 def find(s: Settings, name: str) -> Path:
-    """The one file of that name, which may hold a star, in the data folder; raises EvalError."""
+    """The one file of that name, which may hold a star, in the data folder; raises UserError."""
     if not Path(s.data).is_dir():
-        raise EvalError(f"{s.data}: is not a folder; --data names one that holds TASK.train.jsonl and TASK.valid.jsonl")
+        raise UserError(f"{s.data}: is not a folder; --data names one that holds TASK.train.jsonl and TASK.valid.jsonl")
     files = sorted(Path(s.data).glob(name))
     if len(files) != 1:
-        raise EvalError(f"{s.data}: holds {len(files)} files {name} where one was expected; add it, or choose other --tasks")
+        raise UserError(f"{s.data}: holds {len(files)} files {name} where one was expected; add it, or choose other --tasks")
     return files[0]
 
 
@@ -259,7 +261,7 @@ def measure(labels: np.ndarray, predicted: np.ndarray, n: int) -> dict[str, floa
 
 @torch.inference_mode()
 def predict(model: Classifier, ids: list[list[int]], labels: np.ndarray, s: Settings, device: torch.device):
-    """Class numbers (N,) and mean cross-entropy; raises EvalError where a logit is not finite."""
+    """Class numbers (N,) and mean cross-entropy; raises UserError where a logit is not finite."""
     model.eval()
     predicted, loss = np.zeros(len(ids), int), 0.0
     by_length = np.argsort([len(row) for row in ids], kind="stable")
@@ -267,7 +269,7 @@ def predict(model: Classifier, ids: list[list[int]], labels: np.ndarray, s: Sett
         with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
             logits = model(*rows_to_device(ids, rows, device)).float()
         if not logits.isfinite().all():
-            raise EvalError("the fine-tuned model's logits are not finite; choose a smaller lr")
+            raise UserError("the fine-tuned model's logits are not finite; choose a smaller lr")
         predicted[rows] = logits.argmax(-1).cpu().numpy()
         loss += F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device), reduction="sum").item()
     return predicted, loss / len(ids)
@@ -278,7 +280,7 @@ def finetune(model: Transformer, train: tuple, valid: dict[str, tuple], causal: 
     """Train a classifier on `train` -> scores and predicted labels on each split of `valid`, after the best epoch.
 
     train and each valid split as read_split gives them; the first of valid chooses the epoch. Changes the model.
-    Raises EvalError where a logit is not finite.
+    Raises UserError where a logit is not finite.
     """
     device, task = next(model.parameters()).device, next(iter(valid))
     ids, labels, classes = train
@@ -363,9 +365,9 @@ def four_parts(folder: Path, step: int, glue: float | None) -> str:
 
 
 def main(argv: list[str]):
-    """Do what the command line asks for; raises EvalError, ConfigError, DataError, CheckpointError and OSError."""
+    """Do what the command line asks for; raises UserError, UserError, UserError, UserError and OSError."""
     if not argv or argv[0].startswith("-"):
-        raise EvalError("name a run first: finetune.py RUN [FILE...] [--SETTING=VALUE...]; the settings stand at its top")
+        raise UserError("name a run first: finetune.py RUN [FILE...] [--SETTING=VALUE...]; the settings stand at its top")
     s = config.load(Settings, argv[1:])
     by_task, device = s.by_task(), pick_device(s.device)
     path, content, model, tokenizer = load_run(argv[0], device)
@@ -376,7 +378,7 @@ def main(argv: list[str]):
     if out.exists():
         found = read_result(out)
         if found.get("weights_sha256") != whole["weights_sha256"]:
-            raise EvalError(f"{out}: holds the results of other weights; remove it or name another --out")
+            raise UserError(f"{out}: holds the results of other weights; remove it or name another --out")
         whole["tasks"] = found["tasks"]
     print(f"{path}: step {content['step']} of {schedule}, {model.config.backbone}; {s.dtype} on {device}; "
           f"results in {out}", flush=True)
@@ -385,14 +387,14 @@ def main(argv: list[str]):
         if task == "mnli-mm":
             continue
         if own.n_open and max(map(int, own.n_open)) >= n_layer:
-            raise config.ConfigError(f"n_open: layer {max(map(int, own.n_open))}, but the model's {n_layer} count from 0")
+            raise UserError(f"n_open: layer {max(map(int, own.n_open))}, but the model's {n_layer} count from 0")
         own = own.resolve(schedule)
         used, is_causal = own.stored(), own.mask == "causal"
         names = [task, "mnli-mm"] if task == "mnli" and "mnli-mm" in by_task else [task]
         stored = [whole["tasks"].setdefault(name, {"settings": used, "seeds": {}}) for name in names]
         for name, entry in zip(names, stored):
             if differ := [k for k in used if entry["settings"].get(k) != used[k]]:
-                raise EvalError(f"{out}: holds {name} with {differ[0]}={entry['settings'].get(differ[0])!r}, not "
+                raise UserError(f"{out}: holds {name} with {differ[0]}={entry['settings'].get(differ[0])!r}, not "
                                 f"{used[differ[0]]!r}; remove it or name another --out")
         seeds = [seed for seed in map(str, own.seeds) if not all(seed in entry["seeds"] for entry in stored)]
         if not seeds:
@@ -422,5 +424,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except torch.OutOfMemoryError:
         sys.exit("finetune.py: the device's memory is full; choose a smaller --batch_rows")
-    except (config.ConfigError, DataError, CheckpointError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"finetune.py: {e}")

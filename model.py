@@ -7,21 +7,14 @@
 In comments and docstrings: B rows, T tokens a row, D n_embd, H heads, d = D / H, F n_ff, V vocab_size.
 """
 
-import hashlib
 import math
-import os
-import pickle
-import zipfile
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antlm.files import write_whole
-
-IGNORE = -100  # a target with this value is not scored
+from antlm.ops import IGNORE, VocabularyLoss, dropout
 
 
 @dataclass(frozen=True)
@@ -78,15 +71,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | N
         score = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.mT
         return dropout((score if mask is None else score + mask).softmax(-1), p) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal and mask is None, scale=scale)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout(x, p), p to the nearest 65,536th; on a CPU, where random numbers are dear, one serves four elements."""
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    drop, most = min(round(p * 65536), 65535), 2 ** 63 - 1
-    bits = torch.randint(-most, most, (-(-x.numel() // 4),)).view(torch.int16)[:x.numel()].view(x.shape)
-    return x * (bits >= drop - 32768).to(x.dtype).mul_(65536 / (65536 - drop))
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
@@ -269,43 +253,6 @@ def init_ltg(model: "Transformer"):
 # -------------------------------------------------------------------------------------------- the skeleton
 
 
-class VocabularyLoss(torch.autograd.Function):
-    """Summed cross-entropy in nats of vocabulary logits that never stand in memory at once.
-
-    Every chunk leaves its gradients behind in the forward pass, for each is linear in that of the loss. torch's
-    linear_cross_entropy does the same, but breaks a compiled graph (2.13).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learns: bool) -> Tensor:
-        """x (B, K, D), weight (V, D), bias (V,) or None, targets (B, K) or IGNORE; may backward follow? -> a scalar."""
-        # Whole rows: Inductor (2.13, CPU) leaves the end of a chunk unwritten that K does not divide.
-        device, rows = x.device.type, max(-(-512 // x.size(1)), -(-len(x) // 8))
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            h, w, wide = x.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
-            loss, dx, dw = x.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
-            db = None if bias is None else torch.zeros_like(bias)
-            for h_c, t in zip(h.split(rows), targets.split(rows)):
-                h_c, scored, t = h_c.flatten(0, 1), (t != IGNORE).view(-1, 1), t.clamp(min=0).view(-1, 1)
-                logits = F.linear(h_c, w, None if bias is None else bias.to(dtype)).to(wide)
-                total = logits.logsumexp(-1, keepdim=True)
-                loss = loss + ((total - logits.gather(1, t)) * scored).sum()
-                if learns:  # softmax - one-hot
-                    gradient = logits.sub_(total).exp_().scatter_add_(1, t, torch.full_like(total, -1)).mul_(scored)
-                    db = None if bias is None else db + gradient.sum(0)
-                    gradient = gradient.to(dtype)
-                    dx.append(gradient @ w)
-                    dw += gradient.T @ h_c
-        if learns:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype).view_as(x), dw, db)
-        return loss
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None
-
-
 BACKBONES = {  # name: what embeds tokens, what each layer does, what gives logits, how weights start
     "babyllama": (LlamaEmbedding, LlamaBlock, LlamaHead, init_llama),
     "ltg_bert": (LTGEmbedding, LTGBlock, LTGHead, init_ltg),
@@ -375,106 +322,3 @@ def generate(model: Transformer, tokens: Tensor, n_new: int, *, block_size: int,
 # -------------------------------------------------------------------------------------------- checkpoints
 
 
-class CheckpointError(Exception):
-    """One line for the user: which file, what is wrong with it, what to do."""
-
-
-def digest(content, most: float = math.inf) -> str:
-    """SHA-256 over plain data and the bytes of every tensor in it, so that one flipped bit shows.
-
-    Raises ValueError beyond `most` values and bytes: lists in lists and views can claim any number of them.
-    """
-    h, left = hashlib.sha256(), most
-
-    def walk(x):
-        nonlocal left
-        left -= 1 + (x.numel() * x.element_size() if isinstance(x, Tensor) else 0)
-        if left < 0:
-            raise ValueError("claims more than the file holds")
-        h.update(type(x).__name__.replace("OrderedDict", "dict").encode())
-        if isinstance(x, Tensor):
-            h.update(f"{x.dtype}{tuple(x.shape)}{'grad' * x.requires_grad}".encode())
-            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(x, dict):
-            for key, value in x.items():
-                h.update(repr(key).encode())
-                walk(value)
-        elif isinstance(x, (list, tuple)):
-            for value in x:
-                walk(value)
-        else:
-            h.update(repr(x).encode())
-        h.update(b";")
-
-    walk(content)
-    return h.hexdigest()
-
-
-def save_checkpoint(path: Path, model: Transformer, **content):
-    """Write the model and plain content to one file that is either whole or not there; raises OSError."""
-    content |= {"config": asdict(model.config), "model": dict(model.state_dict())}
-    content["sha256"] = digest(content)
-    write_whole(path, lambda f: torch.save(content, f))
-
-
-def load_checkpoint(path: Path, device: str = "cpu") -> dict:
-    """Content of a checkpoint as plain data, its checksum verified; raises CheckpointError. No code in it is run."""
-    try:
-        size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as z:  # torch.load would unpack a record of a thousand times its size
-            if sum(record.file_size for record in z.infolist()) > size:
-                raise ValueError("claims more than the file holds")
-        content = torch.load(path, map_location=device, weights_only=True)
-        whole = isinstance(content, dict) and content.pop("sha256", None) == digest(content, most=2 * size)  # tied: twice
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: damaged, or holds code or objects where plain data was expected; not loaded") from None
-    except Exception as e:  # torch.load raises whatever a damaged file makes it run into
-        first = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint of train.py ({first})") from None
-    if not whole:
-        raise CheckpointError(f"{path}: damaged, its checksum does not match; use the checkpoint before it")
-    return content
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run folder, newest first."""
-    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdecimal()), key=lambda f: -int(f.stem[5:]))
-
-
-def load_newest(run: Path, say=print) -> tuple[Path | None, dict | None]:
-    """Path and content of the newest whole checkpoint; no content without a whole one, no path without any."""
-    path = None
-    for path in checkpoints(run):
-        try:
-            return path, load_checkpoint(path)
-        except CheckpointError as e:
-            say(f"skipped {e}")
-    return path, None
-
-
-def load_model(content: dict, device: str = "cpu", name: str | Path = "checkpoint") -> Transformer:
-    """The model of a loaded checkpoint, in eval mode; raises CheckpointError, which starts with name.
-
-    What the settings claim is compared with the weights at hand before any of it is built.
-    """
-    try:
-        config, weights = content["config"], content["model"]
-        c, n = ModelConfig(**config), sum(w.numel() for w in weights.values())
-        if c.n_embd * max(c.vocab_size, c.n_embd, c.n_ff) > n:
-            raise ValueError(f"claims larger matrices than its {n:,} weights")
-        one = Transformer(ModelConfig(**config | {"n_layer": 1}))
-        expected, block = dict(one.state_dict()), dict(one.blocks[0].state_dict())
-        if len(weights) != len(expected) + (c.n_layer - 1) * len(block):
-            raise ValueError(f"{len(weights)} weights are not those of {c.n_layer} layers")
-        expected |= {f"blocks.{i}.{key}": p for i in range(1, c.n_layer) for key, p in block.items()}
-        for key, p in expected.items():
-            if weights[key].shape != p.shape or not weights[key].is_floating_point():
-                raise ValueError(f"{key} must hold floating-point numbers of shape {tuple(p.shape)}")
-        model = Transformer(c)
-        model.load_state_dict(weights)
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:150]
-        raise CheckpointError(f"{name}: not a checkpoint of this model.py ({type(e).__name__}: {reason})") from None
-    return model.to(device).eval()

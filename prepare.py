@@ -18,28 +18,36 @@ from pathlib import Path
 import numpy as np
 import regex  # comes with tiktoken
 
-from antlm.files import DataError, Progress, json_write
-from antlm.tokenizer import BOUNDARIES, PATTERN, SPECIAL, START, Tokenizer, save_tokenizer, train_bpe
-
+from antlm.files import Progress, json_write
+from antlm.tokenizer import (
+    BOUNDARIES,
+    PATTERN,
+    SPECIAL,
+    START,
+    Tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
+from config import UserError
 
 TEXT = (".train", ".dev", ".txt")
 BLOCK = 1 << 22  # bytes of text held at a time
 
 
 def text_files(paths: list[str]) -> list[Path]:
-    """Files named, and those in folders named that end in .train, .dev or .txt, sorted; raises DataError."""
+    """Files named, and those in folders named that end in .train, .dev or .txt, sorted; raises UserError."""
     files = []
     for path in map(Path, paths):
         found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in TEXT and f.is_file())
         if not found:
             what = "holds no .train, .dev or .txt file" if path.is_dir() else "does not exist"
-            raise DataError(f"{path}: {what}; name text files or folders of them")
+            raise UserError(f"{path}: {what}; name text files or folders of them")
         files += found
     return files
 
 
 def read_blocks(path: Path):
-    """Yield the text in blocks of whole lines, each ended by a newline; raises DataError at invalid UTF-8.
+    """Yield the text in blocks of whole lines, each ended by a newline; raises UserError at invalid UTF-8.
 
     What Windows adds goes: a byte-order mark in front, and the \\r of \\r\\n.
     """
@@ -49,7 +57,7 @@ def read_blocks(path: Path):
             try:
                 text = block.decode().removeprefix("" if offset else "\ufeff").replace("\r\n", "\n")
             except UnicodeDecodeError as e:
-                raise DataError(f"{path}: byte {offset + e.start} is not valid UTF-8 (0x{block[e.start]:02x}); "
+                raise UserError(f"{path}: byte {offset + e.start} is not valid UTF-8 (0x{block[e.start]:02x}); "
                                 "convert the file, e.g. with iconv -t utf-8") from None
             yield text if text.endswith("\n") else text + "\n"
             offset += len(block)
@@ -110,24 +118,24 @@ def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: s
                 progress(total := total + len(block))
             stats["bytes"] += path.stat().st_size
     if not stats["words"]:
-        raise DataError(f"{files[0]}: the {len(files)} input file(s) hold no words")
+        raise UserError(f"{files[0]}: the {len(files)} input file(s) hold no words")
     return stats | {"sha256": digest.hexdigest()}
 
 
 def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384, boundary: str = "line",
             tokenizer: str | None = None) -> dict:
-    """Text to a corpus folder -> meta. The folder appears whole or not at all; raises DataError.
+    """Text to a corpus folder -> meta. The folder appears whole or not at all; raises UserError.
 
     tokenizer: an existing tokenizer.json to encode with instead of training one (arms of an experiment share theirs).
     """
     folder, train_files, dev_files = Path(out), text_files(train), text_files(dev)
     if folder.exists():
-        raise DataError(f"{folder}: exists already; remove it or choose another --out")
+        raise UserError(f"{folder}: exists already; remove it or choose another --out")
     if boundary not in BOUNDARIES:
-        raise DataError(f"--boundary must be one of {', '.join(BOUNDARIES)}, not {boundary!r}")
+        raise UserError(f"--boundary must be one of {', '.join(BOUNDARIES)}, not {boundary!r}")
     smallest = len(SPECIAL) + 256
     if (n_merges := vocab_size - smallest) < 0:
-        raise DataError(f"--vocab_size {vocab_size}: must be at least {smallest}, for bytes and special tokens")
+        raise UserError(f"--vocab_size {vocab_size}: must be at least {smallest}, for bytes and special tokens")
     part = next(parent for parent in folder.parents if parent.exists()) / f".{folder.name}.{os.getpid()}"
     part.mkdir()
     try:
@@ -137,7 +145,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
         else:
             counts = count_pieces(train_files)
             if all(piece.isspace() for piece in counts):
-                raise DataError(f"{train_files[0]}: the {len(train_files)} input file(s) hold no words")
+                raise UserError(f"{train_files[0]}: the {len(train_files)} input file(s) hold no words")
             merges = train_bpe(counts, n_merges)
             if len(merges) < n_merges:
                 print(f"the text has pairs for {len(merges)} merges: {len(merges) + smallest} tokens, not {vocab_size}")
@@ -168,7 +176,7 @@ if __name__ == "__main__":
     args, began = parser.parse_args(), time.time()
     try:
         meta = prepare(**vars(args))
-    except (DataError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"prepare.py: {e}")
     sys.stdout.reconfigure(errors="backslashreplace")  # for a path that is not UTF-8
     for s in (meta["train"], meta["dev"]):

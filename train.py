@@ -6,11 +6,8 @@
     python train.py config/babyllama.py --resume                         # go on from the newest checkpoint
 """
 
-import ctypes
-import fcntl
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,18 +16,18 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import config
+from antlm.checkpoint import checkpoints, load_model, open_run, save_checkpoint
+from antlm.distributed import Processes
+from antlm.optim import make_optimizers, update
+from config import UserError
 from data import DROPOUT, Batches, Corpus, hash64
-from antlm.files import DataError
-from model import BACKBONES, CheckpointError, ModelConfig, Transformer, checkpoints, load_model, load_newest, save_checkpoint
-from antlm.files import write_whole
+from model import BACKBONES, ModelConfig, Transformer
 from schedule import DECAYS, OBJECTIVES, Schedule, parse
 
 
@@ -119,176 +116,6 @@ class Settings:
             "backbone", "n_layer", "n_head", "n_embd", "n_ff", "tied", "dropout", "n_bucket", "max_position")})
 
 
-# Settings that may differ when a run goes on; all others would make it a different run.
-FREE = {"corpus", "out_dir", "resume", "prepare", "score", "micro_rows", "skip_nonfinite", "log_every", "eval_every",
-        "eval_rows", "save_every", "keep", "babylm_rules", "device", "precision", "compile"}
-
-
-class TrainError(Exception):
-    """One line for the user: where the run is, what went wrong, what to do."""
-
-
-class Processes:
-    """This process among those that torchrun started; alone without torchrun."""
-
-    def __init__(self, device: str):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        device = next(d for d in found if found[d]) if device == "auto" else device
-        if not found[device]:
-            raise config.ConfigError(f"device = {device!r}, but torch finds none; choose cpu or auto")
-        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-        if device == "cuda":
-            torch.cuda.set_device(self.device)
-        # A CPU with instructions for it multiplies matrices in bfloat16 up to four times as fast; one without is slower.
-        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-        self.fast_bf16 = any(map(cpu.get, ("avx512_bf16", "amx_bf16"))) or device == "cuda" and torch.cuda.is_bf16_supported(False)
-        if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # Memory that glibc gives back, the next step has to page in again: up to a sixth of its time.
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        if self.world > 1:  # small host-side numbers travel by gloo, so that no step waits for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=self.fresh_store(),
-                                    rank=self.rank, world_size=self.world)
-
-    def fresh_store(self) -> dist.Store:
-        """torchrun's store under a name new at each start: after a failure it still holds the addresses of the dead."""
-        # Each process asks in a name of its own; the first answers with its own until all have come.
-        store, name = next(dist.rendezvous("env://"))[0], uuid4().hex
-        if self.rank:
-            store.set(f"ask/{self.rank}", name)
-            name = store.get(name).decode()
-            store.set(f"{name}/{self.rank}", "")
-        for rank in range(1, self.world) if self.rank == 0 else ():
-            while not store.check([f"{name}/{rank}"]):  # the first to be answered may be dead
-                store.set(store.get(f"ask/{rank}").decode(), name)
-                time.sleep(0.01)
-        return dist.PrefixStore(name, store)
-
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes."""
-        tensor = torch.tensor(numbers, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def say(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
-
-
-class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020) as ltg-bert runs it: corrected moments, the trust ratio only where weights decay."""
-
-    def __init__(self, params, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, (beta1, beta2) = group["params"], group["betas"]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                self.state[p]["step"] += 1
-            grads, t = [p.grad for p in params], self.state[params[0]]["step"]
-            m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
-            torch._foreach_lerp_(m, grads, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            scale = torch._foreach_div(v, 1 - beta2 ** t)
-            torch._foreach_sqrt_(scale)
-            torch._foreach_add_(scale, group["eps"])
-            update = torch._foreach_div(torch._foreach_div(m, 1 - beta1 ** t), scale)
-            if group["weight_decay"]:
-                torch._foreach_add_(update, params, alpha=group["weight_decay"])
-                weight_norm, update_norm = torch._foreach_norm(params), torch._foreach_norm(update)
-                ratio = [torch.where((w > 0) & (u > 0), w / u, 1.0) for w, u in zip(weight_norm, update_norm)]
-                torch._foreach_mul_(update, ratio)
-            torch._foreach_add_(params, update, alpha=-group["lr"])
-
-
-def make_optimizers(model: Transformer, s: Settings, device: torch.device) -> list[torch.optim.Optimizer]:
-    """One optimizer, or for muon two; matrices decay, embeddings, biases and norms do not."""
-    named = dict(model.named_parameters())
-    decay = {name: p for name, p in named.items() if p.dim() == 2 and not name.startswith("embedding.")}
-    plain = [p for name, p in named.items() if name not in decay]
-    optimizers, adam = [], dict(lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps)
-    if s.optimizer == "muon":  # for the hidden matrices only (Jordan et al. 2024), with step sizes like AdamW's
-        hidden = [decay.pop(name) for name in [*decay] if name.startswith("blocks.")]
-        optimizers = [torch.optim.Muon(hidden, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")]
-    groups = [dict(params=[*decay.values()], weight_decay=s.weight_decay), dict(params=plain, weight_decay=0.0)]
-    if s.optimizer == "lamb":
-        return [Lamb(groups, **adam)]
-    return optimizers + [torch.optim.AdamW(groups, **adam, fused=device.type != "mps")]
-
-
-@torch.no_grad()
-def update(optimizers: list[torch.optim.Optimizer], lr: float, norm: torch.Tensor):
-    """One step of the optimizers; where the norm of the gradient is not finite, the weights stay as they are.
-
-    The device decides, so that the step does not wait for it. Fused AdamW skips such a step as under torch.amp; the
-    others take it with a gradient of zero, so that their moments stay finite, and the weights are put back.
-    """
-    bad = ~norm.isfinite()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if optimizer.param_groups[0].get("fused"):  # what runs: a checkpoint made on another device may have set it
-            optimizer.found_inf, params = bad.float(), []
-        before = [p.clone() for p in params]
-        for p in params:
-            p.grad.masked_fill_(bad, 0)
-        optimizer.step()
-        for p, old in zip(params, before):
-            torch.where(bad, old, p, out=p)
-        optimizer.zero_grad(set_to_none=True)
-
-
-def open_run(run: Path, s: Settings, corpus: Corpus, p: Processes):
-    """Lock the run folder, write down what this run is -> lock's file; path and content of the newest whole checkpoint."""
-    (run / "source" / "config").mkdir(parents=True, exist_ok=True)
-    (run / "source" / "antlm").mkdir(exist_ok=True)
-    lock, found = open(run / "lock", "ab+", buffering=0), checkpoints(run)
-    if p.rank == 0:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when this process dies
-        except BlockingIOError:
-            raise TrainError(f"{run}: another train.py is at work in it; wait for its end or choose another --out_dir") from None
-        except OSError as e:
-            p.say(f"{run}: its file system has no locks ({e.strerror}); do not start a second run in it")
-        launch = f"{os.uname().nodename} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}".encode()
-        if "TORCHELASTIC_RUN_ID" in os.environ and (run / "lock").read_bytes() == launch:  # by the same torchrun
-            s.resume = True
-            p.say(f"{run}: started again by torchrun, so --resume")
-        if found and not s.resume:
-            raise TrainError(f"{run}: holds a run already ({found[0].name}); go on with --resume or choose another --out_dir")
-        lock.truncate(0)
-        lock.write(launch)
-        for part in (*run.glob(".*.part"), *run.glob("source/**/.*.part")):  # what a kill cut short
-            part.unlink()
-    path, content = load_newest(run, p.say)
-    if content:
-        theirs, ours = asdict(Settings()) | content["settings"], asdict(s)  # an older run lacks newer settings
-        for name in sorted(ours.keys() - FREE):
-            if theirs[name] != ours[name]:
-                raise TrainError(f"{path}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
-                                 "a changed setting needs a new --out_dir")
-        if (content["tokenizer_sha256"], content["tokens_sha256"]) != (corpus.tokenizer.sha256, corpus.meta["train"]["sha256"]):
-            raise TrainError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
-    elif path:
-        raise TrainError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --out_dir")
-    if p.rank == 0:
-        here, step, metrics = Path(__file__).parent, content["step"] if content else 0, run / "metrics.jsonl"
-        lines = re.finditer(rb'^{"step": (\d+),.*}\n', metrics.read_bytes() if metrics.exists() else b"", re.M)
-        write_whole(metrics, lambda f: f.writelines(line[0] for line in lines if int(line[1]) <= step))
-        write_whole(run / "settings.json", lambda f: f.write(json.dumps(asdict(s), indent=1).encode()))
-        write_whole(run / "tokenizer.json", lambda f: f.write((corpus.folder / "tokenizer.json").read_bytes()))
-        for file in (*here.glob("*.py"), *here.glob("config/*.py"), *here.glob("antlm/*.py")):  # a result carries the code that made it
-            write_whole(run / "source" / file.relative_to(here), lambda f: f.write(file.read_bytes()))
-    return lock, path, content
-
-
 def to_device(arrays, device: torch.device):
     pin = device.type == "cuda"  # from pinned memory the copy runs behind the GPU's back
     tensors = [None if a is None else torch.from_numpy(a) for a in arrays]
@@ -317,11 +144,11 @@ def train(s: Settings):
     for command in s.prepare if p.rank == 0 and not Path(s.corpus).exists() else ():
         p.say(f"python {command}")
         if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
-            raise DataError(f"{s.corpus}: was missing, and the command that makes it failed: python {command}")
+            raise UserError(f"{s.corpus}: was missing, and the command that makes it failed: python {command}")
     p.sum(0)  # the others wait
     corpus = Corpus(s.corpus)
     if len(corpus.train) <= s.block_size:
-        raise DataError(f"{s.corpus}: {len(corpus.train)} training tokens do not fill a row of block_size {s.block_size}")
+        raise UserError(f"{s.corpus}: {len(corpus.train)} training tokens do not fill a row of block_size {s.block_size}")
 
     # What happens at each step is a function of its number, from here on.
     slots = int(np.ceil(max(s.mask_start, s.mask_end) * s.block_size))
@@ -340,11 +167,11 @@ def train(s: Settings):
         for optimizer, state in zip(optimizers, content["optimizer"] if content else ()):
             optimizer.load_state_dict(state)
         if p.sum(first)[0] != first * p.world:
-            raise TrainError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
+            raise UserError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
     except (LookupError, TypeError, ValueError, AttributeError) as e:  # of a checkpoint that somebody else has made
         if not checkpoints(run):
             raise  # a mistake in the code
-        raise TrainError(f"{run}: its newest checkpoint is not one of this train.py ({type(e).__name__}: {e})") from None
+        raise UserError(f"{run}: its newest checkpoint is not one of this train.py ({type(e).__name__}: {e})") from None
     del content
 
     bf16 = p.fast_bf16 if s.precision == "auto" else s.precision == "bfloat16"
@@ -375,7 +202,7 @@ def train(s: Settings):
     began, logged, tokens_seen, halt = time.time(), time.time(), 0, 0
 
     def look():
-        """Wait for the device and take up the steps since the last look; raises TrainError."""
+        """Wait for the device and take up the steps since the last look; raises UserError."""
         nonlocal skipped
         for number, parts, counts, found in pending:
             norm, *losses = found.tolist()
@@ -388,7 +215,7 @@ def train(s: Settings):
             bad = [f"{objective} rows {rows[0]} to {max(rows)}" for (objective, _, rows), n in zip(parts, p.sum(*bad)) if n]
             text = f"step {number}: gradient norm {norm} is not finite" + f", nor the loss of {', '.join(bad)}" * bool(bad)
             if skipped > s.skip_nonfinite:
-                raise TrainError(f"{run}: {text}; nothing was saved since the last checkpoint; lower lr or clip, or allow "
+                raise UserError(f"{run}: {text}; nothing was saved since the last checkpoint; lower lr or clip, or allow "
                                  "--skip_nonfinite=N such steps")
             p.say(f"{text}; skipped")
         pending.clear()
@@ -458,7 +285,7 @@ def train(s: Settings):
             losses = evaluate(model, dev, s, judged, p, autocast)
             p.say(f"step {done}/{schedule.steps}  dev loss  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items()))
             if not np.isfinite([*losses.values()]).all():
-                raise TrainError(f"{run}: dev loss not finite at step {done}; nothing was saved since the last checkpoint")
+                raise UserError(f"{run}: dev loss not finite at step {done}; nothing was saved since the last checkpoint")
             record(**where, dev=losses)
         if done % s.save_every == 0 or schedule.ends_phase(step) or s.babylm_rules and schedule.reaches_mark(step):
             save(done)
@@ -475,7 +302,7 @@ def train(s: Settings):
         for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]) if s.score and p.rank == 0 else ():
             p.say("python", shlex.join(command := [os.path.relpath(Path(__file__).with_name("eval.py")), s.out_dir, *arguments]))
             if subprocess.run([sys.executable, *command]).returncode:
-                raise TrainError(f"{run}: trained and saved, but the evaluation above failed; repeat it by hand")
+                raise UserError(f"{run}: trained and saved, but the evaluation above failed; repeat it by hand")
     code = 128 + (stop[0] if stop else signal.SIGTERM) if halt else 0
     if halt or p.world > 1:  # to take torch.distributed down aborts one process in fifty (2.13, gloo)
         (os._exit if p.world > 1 else sys.exit)(code)
@@ -485,7 +312,7 @@ if __name__ == "__main__":
     try:
         train(s := config.load(Settings, sys.argv[1:]))
         sys.exit()
-    except (config.ConfigError, DataError, CheckpointError, TrainError) as e:
+    except UserError as e:
         line = e
     except KeyboardInterrupt:  # while it starts; from the first step on signals are handled
         sys.exit(130)

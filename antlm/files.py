@@ -7,13 +7,6 @@ import time
 from pathlib import Path
 
 
-class DataError(Exception):
-    """One line for the user: which file, where, what was expected, what to do."""
-
-    def __str__(self):  # one line, also where a file's name holds a newline
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
-
-
 def json_write(path: Path, content: dict):
     text = json.dumps(content, ensure_ascii=False, indent=1)
     Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # for a path that is not UTF-8

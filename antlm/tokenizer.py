@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from antlm.files import DataError, Progress, json_write
-
+from antlm.files import Progress, json_write
+from config import UserError
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<mask>": 3}
 PAD, START, END, MASK = SPECIAL.values()
@@ -132,7 +132,7 @@ def tokenizer_json(merges: list[tuple[str, str]]) -> dict:
 class Tokenizer:
     """A tokenizer.json read into tiktoken. encode never yields a special token, whatever the text says.
 
-    Raises DataError unless the file is what prepare.py writes for its merges: tiktoken would take any, drop the text that
+    Raises UserError unless the file is what prepare.py writes for its merges: tiktoken would take any, drop the text that
     another pattern does not match, and end the process for want of a byte.
     """
 
@@ -151,9 +151,9 @@ class Tokenizer:
                 raise ValueError("a merge gives a token that is there already, or has a half that is not")
             ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if i > MASK}
         except OSError as e:
-            raise DataError(f"{path}: cannot be read ({e.strerror}); prepare.py writes it") from None
+            raise UserError(f"{path}: cannot be read ({e.strerror}); prepare.py writes it") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise DataError(f"{path}: not a tokenizer.json of prepare.py ({type(e).__name__}: {e})") from None
+            raise UserError(f"{path}: not a tokenizer.json of prepare.py ({type(e).__name__}: {e})") from None
         self.dtype = np.dtype("uint16" if self.vocab_size <= 1 << 16 else "uint32")
         self.sha256 = hashlib.sha256(raw).hexdigest()
         # Tiktoken's engine gives up on a million spaces in a row; here so long a run is cut.
@@ -164,7 +164,7 @@ class Tokenizer:
         try:
             return self.bpe.encode_to_numpy(text, disallowed_special=()).tolist()
         except UnicodeEncodeError as e:
-            raise DataError(f"text {ascii(text[:30])}: character {e.start} is half of a surrogate pair") from None
+            raise UserError(f"text {ascii(text[:30])}: character {e.start} is half of a surrogate pair") from None
 
     def encode_text(self, text: str, boundary: str) -> list[int]:
         """Tokens of a text as it opens a corpus: a start token in front and, if the boundary is "line", per newline."""

@@ -16,7 +16,7 @@ from pathlib import Path
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, bytes that are no UTF-8
 
 
-class ConfigError(Exception):
+class UserError(Exception):
     """One line for the user: which file or flag, which setting and value, what was expected."""
 
     def __str__(self):  # one line, also where a flag or a file's name holds a newline
@@ -24,7 +24,7 @@ class ConfigError(Exception):
 
 
 def load(cls: type, args: list[str]):
-    """Settings of dataclass cls after all files and flags; raises ConfigError.
+    """Settings of dataclass cls after all files and flags; raises UserError.
 
     cls.check() raises ValueError for a combination that cannot be, naming the settings in it: the error then says which
     file or flag set one of them last.
@@ -42,7 +42,7 @@ def load(cls: type, args: list[str]):
     except ValueError as e:
         words = set(re.findall(r"\w+", str(e)))
         named = [where for name, where in origin.items() if name in words]
-        raise ConfigError(f"{named[-1] if named else 'settings'}: {e}") from None
+        raise UserError(f"{named[-1] if named else 'settings'}: {e}") from None
     return settings
 
 
@@ -51,7 +51,7 @@ def setting(cls: type, name: str, where: str):
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"{Path(inspect.getfile(cls)).name} lists them at its top"
-        raise ConfigError(f"{where}: {name!r} is not a setting; {hint}")
+        raise UserError(f"{where}: {name!r} is not a setting; {hint}")
     return known[name]
 
 
@@ -61,28 +61,28 @@ def from_file(cls: type, path: str) -> dict:
                  if not k.startswith("_") and not isinstance(v, types.ModuleType)}
         shown = {k: " ".join(repr(v).split())[:200] for k, v in found.items()}  # an array's spans lines
     except OSError as e:
-        raise ConfigError(f"{path}: cannot be read ({e.strerror}); name an override file such as config/quickstart.py, "
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name an override file such as config/quickstart.py, "
                           "or a flag such as --lr=1e-3") from None
     except SyntaxError as e:
-        raise ConfigError(f"{path}:{e.lineno or 1}: not valid Python ({e.msg})") from None
+        raise UserError(f"{path}:{e.lineno or 1}: not valid Python ({e.msg})") from None
     except (Exception, SystemExit) as e:  # whatever the user's own file raises
-        raise ConfigError(f"{path}: failed with {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        raise UserError(f"{path}: failed with {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     for name, value in found.items():
         kind = setting(cls, name, path)
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ConfigError(f"{path}: {name}={shown[name]} must be of type {kind.__name__}, "
+            raise UserError(f"{path}: {name}={shown[name]} must be of type {kind.__name__}, "
                               f"not {type(value).__name__}")
         found[name] = checked(kind, value, f"{path}: {name}")
     return found
 
 
 def checked(kind: type, value, where: str):
-    """The value, a whole number for a float made one; raises ConfigError at what no later step could hold."""
+    """The value, a whole number for a float made one; raises UserError at what no later step could hold."""
     if type(value) is int and abs(value) >= 1 << 63:
-        raise ConfigError(f"{where}: must fit 64 bits")
+        raise UserError(f"{where}: must fit 64 bits")
     for text in {str: (value,), tuple: value}.get(kind, ()):
         if not isinstance(text, str) or UNPRINTABLE.search(text):
-            raise ConfigError(f"{where}: must be quoted text without control characters, not {ascii(text)[:200]}")
+            raise UserError(f"{where}: must be quoted text without control characters, not {ascii(text)[:200]}")
     return kind(value)
 
 
@@ -91,12 +91,12 @@ def from_flag(cls: type, arg: str) -> dict:
     kind = setting(cls, name, arg)
     if kind is bool:
         if text not in ("", "true", "false") or bool(given) != bool(text):
-            raise ConfigError(f"{arg}: write --{name}, --{name}=true or --{name}=false")
+            raise UserError(f"{arg}: write --{name}, --{name}=true or --{name}=false")
         return {name: text != "false"}
     if not given:
-        raise ConfigError(f"{arg}: write --{name}=VALUE, with VALUE of type {kind.__name__}")
+        raise UserError(f"{arg}: write --{name}=VALUE, with VALUE of type {kind.__name__}")
     try:
         value = tuple(filter(None, text.split(","))) if kind is tuple else kind(text)
         return {name: checked(kind, value, arg[:200])}
     except ValueError:
-        raise ConfigError(f"{arg}: {text!r} is not of type {kind.__name__}") from None
+        raise UserError(f"{arg}: {text!r} is not of type {kind.__name__}") from None

@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 
-import prepare
 import config
+import prepare
 import train
+from config import UserError
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +56,6 @@ def refusal(*args: str) -> str:
     """The error in which training ends in this process."""
     try:
         once(*args)
-    except train.TrainError as e:
+    except UserError as e:
         return str(e)
     pytest.fail("trained to the end")

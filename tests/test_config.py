@@ -10,7 +10,7 @@ import pytest
 import config
 import finetune
 import train
-from config import ConfigError
+from config import UserError
 from train import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def load(*args: str) -> Settings:
 
 
 def refusal(*args: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load(*args)
     assert "\n" not in str(error.value)
     return str(error.value)

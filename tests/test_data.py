@@ -22,10 +22,19 @@ import numpy as np
 import pytest
 import regex
 
-import prepare
-from antlm.files import DataError
-from antlm.tokenizer import BOUNDARIES, MASK, PATTERN, SPECIAL, START, Tokenizer, save_tokenizer, train_bpe
 import data
+import prepare
+from antlm.tokenizer import (
+    BOUNDARIES,
+    MASK,
+    PATTERN,
+    SPECIAL,
+    START,
+    Tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
+from config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "babylm_10M"
@@ -197,7 +206,7 @@ def test_a_million_spaces_in_a_row(tmp_path, n, after):
 
 def test_half_a_surrogate_pair_is_not_text(tok):
     for text, place in (("\udcff", 0), ("ducks \ud83d and", 6)):
-        with pytest.raises(DataError, match=f"character {place} is half"):
+        with pytest.raises(UserError, match=f"character {place} is half"):
             tok.encode(text)
 
 
@@ -339,7 +348,7 @@ BAD = {  # train, dev, options, what the one line must say
 @pytest.mark.parametrize("train, dev, options, said", BAD.values(), ids=BAD)
 def test_bad_text_is_one_line_and_leaves_nothing(make, tmp_path, monkeypatch, train, dev, options, said):
     monkeypatch.setattr(prepare, "BLOCK", 16)
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         make(train, dev, **options)
     assert one_line(str(e.value), *said)
     assert all(path.name.startswith("corpus_") for path in tmp_path.iterdir())  # the texts, and no folder
@@ -348,7 +357,7 @@ def test_bad_text_is_one_line_and_leaves_nothing(make, tmp_path, monkeypatch, tr
 def test_bad_byte_beyond_a_real_block(tmp_path):
     lines = prepare.BLOCK // 5 + 3
     (tmp_path / "long.txt").write_bytes(b"duck\n" * lines + b"d\xff")
-    with pytest.raises(DataError, match=rf"long.txt: byte {5 * lines + 1} "):
+    with pytest.raises(UserError, match=rf"long.txt: byte {5 * lines + 1} "):
         list(prepare.read_blocks(tmp_path / "long.txt"))
 
 
@@ -356,7 +365,7 @@ def test_missing_text_and_folder_without_text(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "text.md").write_text(GOOD)
     for name in ("nowhere.train", "folder"):
-        with pytest.raises(DataError) as e:
+        with pytest.raises(UserError) as e:
             prepare.prepare([str(tmp_path / name)], [str(tmp_path / "folder" / "text.md")], str(tmp_path / "out"))
         assert one_line(str(e.value), tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -365,7 +374,7 @@ def test_missing_text_and_folder_without_text(tmp_path):
 def test_existing_folder_is_left_alone(make, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "mine").write_text("precious")
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         make(GOOD)
     assert one_line(str(e.value), tmp_path / "corpus", "--out")
     assert [(path.name, path.read_text()) for path in (tmp_path / "corpus").iterdir()] == [("mine", "precious")]
@@ -375,7 +384,7 @@ def test_existing_folder_is_left_alone(make, tmp_path):
 def test_bad_tokenizer_is_named_as_the_user_named_it(make, tmp_path, content):
     if content is not None:
         (tmp_path / "corpus_tokenizer.json").write_text(content)
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         make(GOOD, tokenizer=str(tmp_path / "corpus_tokenizer.json"))
     assert one_line(str(e.value), tmp_path / "corpus_tokenizer.json")
     assert all(path.name.startswith("corpus_") for path in tmp_path.iterdir())
@@ -416,7 +425,7 @@ def test_tampered_tokenizer_is_refused(tokenizer_path, tmp_path, tamper):
     edit(tmp_path / "mine.json", lambda content: None)
     assert Tokenizer(tmp_path / "mine.json").vocab_size == 380
     edit(tmp_path / "mine.json", tamper)
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         Tokenizer(tmp_path / "mine.json")
     assert one_line(str(e.value), tmp_path / "mine.json") and len(str(e.value)) < 300 + len(str(tmp_path))
 
@@ -490,13 +499,13 @@ def test_damaged_corpus_says_what_and_where(make, damage, said):
     folder = make("the duck and the drake\n" * 3, vocab_size=262)
     data.Corpus(folder)  # good before
     damage(folder)
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         data.Corpus(folder)
     assert one_line(str(e.value), folder, *said)
 
 
 def test_missing_corpus_folder(tmp_path):
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         data.Corpus(tmp_path / "nowhere")
     assert one_line(str(e.value), tmp_path / "nowhere", "prepare.py")
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
 import eval as evaluation
 import model as models
+import prepare
+from antlm.checkpoint import save_checkpoint
 from antlm.tokenizer import END, MASK, PAD, START, Tokenizer, save_tokenizer, train_bpe
+from config import UserError
 
 ROOT = Path(__file__).parent.parent
 BLIMP = ROOT.parent / "shared" / "data" / "eval" / "blimp_filtered"
@@ -75,7 +77,7 @@ def make_run(tmp_path, folder, tokenizer):
     def make(model=None, step=10, schedule="1_CLM+1_MLM", **content) -> Path:
         content = dict(step=step, settings=dict(schedule=schedule, block_size=16), boundary="line",
                        tokenizer_sha256=tokenizer.sha256) | content
-        models.save_checkpoint(run / f"step_{step:07}.pt", model or make_model("babyllama"), **content)
+        save_checkpoint(run / f"step_{step:07}.pt", model or make_model("babyllama"), **content)
         return run
 
     return make
@@ -466,7 +468,7 @@ def test_a_checkpoint_of_another_format_ends_in_one_line(tmp_path, make_run):
 def test_a_target_without_tokens_to_hide_is_an_error(model_of, tokenizer):
     ids, first = evaluation.encode([("The dog\n", 7)], tokenizer, "line", "2025", "masked")
     assert evaluation.score(model_of["babyllama"], ids, first, "causal", ["here:7"])[0] < 0
-    with pytest.raises(evaluation.EvalError, match="here:7.*masked"):
+    with pytest.raises(UserError, match="here:7.*masked"):
         evaluation.score(model_of["babyllama"], ids, first, "masked", ["here:7"])
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-import config
+import config  # noqa: E402
 import eval as evaluation
 import finetune
 import train
+from antlm.checkpoint import checkpoints, load_checkpoint
+from config import UserError
 from data import Corpus
-from model import checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -201,7 +202,7 @@ def test_pictures(study):
     ("settings |= dict(eval_rows=8)", "with eval_rows=16, not 8")])
 def test_a_changed_spec_is_not_mixed_with_old_runs(study, tmp_path, change, expected):
     (tmp_path / "spec.py").write_text((study / "spec.py").read_text() + change + "\n")
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(UserError) as error:
         experiment.main([str(tmp_path / "spec.py"), f"--out={study / 'out'}"])
     assert expected in str(error.value) and "\n" not in str(error.value)
 
@@ -236,7 +237,7 @@ def test_scores_of_other_items_or_of_other_settings_do_not_count(study, tmp_path
     (tmp_path / "pairs").mkdir()
     for file in (study / "pairs").glob("*.jsonl"):
         (tmp_path / "pairs" / file.name).write_text(file.read_text().replace("cat", "cow"))
-    with pytest.raises(experiment.EvalError, match="clm_1/eval_pairs_.*json: scored on other items of pairs than there are now"):
+    with pytest.raises(experiment.UserError, match="clm_1/eval_pairs_.*json: scored on other items of pairs than there are now"):
         experiment.main(load(f"tasks = ({str(tmp_path / 'pairs')!r},)\n"))
 
     spec = config.load(experiment.Spec, load(f"glue = ('rte --epochs=2', 'wsc')\nglue_data = {str(tmp_path)!r}\n"))
@@ -255,7 +256,7 @@ def test_scores_of_other_items_or_of_other_settings_do_not_count(study, tmp_path
     shutil.copytree(study / "out", tmp_path / "out")
     for file in tmp_path.glob("out/*/step_*.pt"):
         file.unlink()
-    with pytest.raises(config.ConfigError, match="clm_1: was trained with lr=0.003, not 0.001"):
+    with pytest.raises(UserError, match="clm_1: was trained with lr=0.003, not 0.001"):
         experiment.main([*load("settings['lr'] = 1e-3\n"), f"--out={tmp_path / 'out'}"])
 
 
@@ -297,7 +298,7 @@ def test_hours_left_are_those_of_the_finished_runs(study, tmp_path, capsys):
     ("arms =", "not valid Python")])
 def test_bad_specs_end_in_one_line_before_anything_starts(tmp_path, text, expected):
     (tmp_path / "spec.py").write_text(text)
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(UserError) as error:
         experiment.main([str(tmp_path / "spec.py"), f"--out={tmp_path / 'out'}"])
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -307,13 +308,13 @@ def test_what_would_fail_after_training_fails_before_it(corpus, tmp_path):
     args = write_spec(tmp_path, corpus)
     said = finish(start([*args, "--tasks=no/such/folder"]), 1)
     assert said.startswith("experiment.py: no/such/folder: does not exist") and said.count("\n") == 1
-    with pytest.raises(experiment.EvalError, match="is not a folder"):
+    with pytest.raises(experiment.UserError, match="is not a folder"):
         experiment.main([*args, "--glue=rte", "--glue_data=nowhere"])
-    with pytest.raises(config.ConfigError, match="'rtee' is named twice or not one of"):
+    with pytest.raises(UserError, match="'rtee' is named twice or not one of"):
         experiment.main([*args, "--glue=rtee"])
-    with pytest.raises(config.ConfigError, match="nothing to show"):
+    with pytest.raises(UserError, match="nothing to show"):
         experiment.main([args[0], f"--out={tmp_path / 'none'}", "--table"])
-    with pytest.raises(config.ConfigError, match=r"--workers=cuda:99: torch sees \d+ GPU"):
+    with pytest.raises(UserError, match=r"--workers=cuda:99: torch sees \d+ GPU"):
         experiment.main([*args, "--workers=cuda:99"])
 
 
@@ -386,7 +387,7 @@ def test_a_slice_of_the_text_becomes_the_corpus(tmp_path):
     spec.corpus, spec.prepare = f"{tmp_path}/mine", (f"prepare.py {text}/deep --dev {text}/a.dev --out {tmp_path}/mine",)
     assert experiment.open_corpus(spec)[1]["words"] == 4 * 450
     spec.corpus, spec.prepare = f"{tmp_path}/none", ("prepare.py nowhere --dev nowhere --out nowhere",)
-    with pytest.raises(experiment.DataError, match="none: was missing, and the command that makes it failed: python d"):
+    with pytest.raises(experiment.UserError, match="none: was missing, and the command that makes it failed: python d"):
         experiment.open_corpus(spec)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from antlm.tokenizer import Tokenizer
-import config
 import finetune
 import model as models
-from eval import EvalError
+from antlm.checkpoint import save_checkpoint
+from antlm.tokenizer import Tokenizer
+from config import UserError
 
 ROOT = Path(__file__).parent.parent
 WORDS = "cat dog bird horse child teacher sees likes finds follows hears old young red small".split()
@@ -50,7 +50,7 @@ def make_run(folder: Path, corpus: str, backbone: str, schedule: str = "1_CLM+1_
     tokenizer = Path(corpus) / "tokenizer.json"
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     tokenizer = Tokenizer(tokenizer)
-    models.save_checkpoint(folder / "step_0000010.pt", make_model(backbone, tokenizer.vocab_size), step=10, boundary="line",
+    save_checkpoint(folder / "step_0000010.pt", make_model(backbone, tokenizer.vocab_size), step=10, boundary="line",
                            settings=dict(schedule=schedule, block_size=16), tokenizer_sha256=tokenizer.sha256)
     return folder
 
@@ -205,7 +205,7 @@ def test_a_second_call_does_only_what_is_missing(run, glue, capsys):
     assert said.count("rte seed 12") == 1 and said.count("rte seed 13") == 1 and said.count("cola seed") == 2
     tune(run, "--tasks=rte,cola", "--seeds=12,13", *fast)
     assert "done before" in capsys.readouterr().out
-    with pytest.raises(EvalError, match="holds rte with lr=5e-05, not 0.01"):
+    with pytest.raises(UserError, match="holds rte with lr=5e-05, not 0.01"):
         tune(run, "--tasks=rte", "--lr=0.01", *fast)
     again = tune(run, "--tasks=rte", *fast, f"--out={run}/again.json")  # the same seed gives the same numbers
     assert again["tasks"]["rte"]["seeds"]["12"] == first["tasks"]["rte"]["seeds"]["12"]
@@ -231,7 +231,7 @@ def test_a_task_has_its_own_seeds_and_not_its_own_device(run, glue):
     result = tune(run, f"--data={glue}", "--tasks=rte --seeds=7,cola", "--epochs=1")
     assert [[*result["tasks"][name]["seeds"]] for name in ("rte", "cola")] == [["7"], ["12"]]
     for tasks, said in (("rte --device=cpu", "rte: device"), ("mnli,mnli-mm --lr=1", "mnli-mm: lr")):
-        with pytest.raises(config.ConfigError, match=f"{said} cannot be set for this task alone"):
+        with pytest.raises(UserError, match=f"{said} cannot be set for this task alone"):
             tune(run, f"--data={glue}", f"--tasks={tasks}", "--epochs=1")
 
 
@@ -287,7 +287,7 @@ BAD = [
 
 @pytest.mark.parametrize("args, expected", BAD, ids=lambda x: str(x)[:40])
 def test_wrong_use_ends_in_one_line(run, glue, args, expected):
-    with pytest.raises((EvalError, config.ConfigError)) as e:
+    with pytest.raises((UserError)) as e:
         finetune.main([str(run), f"--data={glue}", *args])
     assert expected in str(e.value) and "\n" not in str(e.value)
 
@@ -302,7 +302,7 @@ LINES = [({"sentence1": "a", "label": 0}, "rte.train.jsonl:3: rte needs a label 
 def test_a_bad_line_is_named(run, glue, line, expected):
     lines = (glue / "rte.train.jsonl").read_text().splitlines()
     (glue / "rte.train.jsonl").write_text("\n".join([*lines[:2], json.dumps(line), *lines[2:]]))
-    with pytest.raises(EvalError) as e:
+    with pytest.raises(UserError) as e:
         finetune.main([str(run), f"--data={glue}", "--tasks=rte"])
     assert expected in str(e.value) and "\n" not in str(e.value)
 
@@ -310,7 +310,7 @@ def test_a_bad_line_is_named(run, glue, line, expected):
 def test_labels_that_training_never_saw_are_named(run, glue):
     with open(glue / "rte.valid.jsonl", "a") as f:
         f.write('{"sentence1": "a", "sentence2": "b", "label": 7}\n')
-    with pytest.raises(EvalError, match=r"rte.valid.jsonl:41: label is 7, not one of the train file's \[0, 1\]"):
+    with pytest.raises(UserError, match=r"rte.valid.jsonl:41: label is 7, not one of the train file's \[0, 1\]"):
         finetune.main([str(run), f"--data={glue}", "--tasks=rte"])
 
 

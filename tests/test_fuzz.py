@@ -25,15 +25,16 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
-from antlm.files import DataError
-from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer
 import config
 import data
 import eval as evaluation
 import model as models
+import prepare
 import schedule
 import train
+from antlm.checkpoint import digest, load_checkpoint, load_model, load_run
+from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer
+from config import UserError
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -198,7 +199,7 @@ def test_flags(monkeypatch):
     @fuzz(600)
     @hypothesis.given(st.lists(flag, min_size=1, max_size=3))
     def check(flags):
-        if s := attempt("flags", config.ConfigError, lambda: config.load(train.Settings, flags)):
+        if s := attempt("flags", UserError, lambda: config.load(train.Settings, flags)):
             is_sound(s)
     check()
 
@@ -216,7 +217,7 @@ def test_override_files(tmp_path, monkeypatch):
                       | st.sampled_from(shipped).flatmap(damaged))
     def check(raw):
         path.write_bytes(raw)
-        if s := attempt("override files", config.ConfigError, lambda: config.load(train.Settings, [str(path)])):
+        if s := attempt("override files", UserError, lambda: config.load(train.Settings, [str(path)])):
             is_sound(s)
     check()
 
@@ -252,7 +253,7 @@ def test_text(folder, tmp_path, tok):
             with contextlib.redirect_stdout(io.StringIO()):
                 return prepare.prepare(*arguments, str(tmp_path / boundary), boundary=boundary, vocab_size=270, **options)
 
-        if not attempt("text", DataError, lambda: prepare("none")):
+        if not attempt("text", UserError, lambda: prepare("none")):
             assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
             return
         prepare("line")
@@ -318,7 +319,7 @@ def test_tokenizer_files(folder, tmp_path):
     @hypothesis.given(changed(sample).map(whole).map(dumps) | damaged(raw) | values.map(dumps))
     def check(raw):
         path.write_bytes(raw)
-        if t := attempt("tokenizer files", DataError, lambda: Tokenizer(path)):
+        if t := attempt("tokenizer files", UserError, lambda: Tokenizer(path)):
             ids = t.encode(TEXT)
             assert t.decode(ids) == TEXT and max(ids) < t.vocab_size
     check()
@@ -357,7 +358,7 @@ def test_corpus_folders(folder, tmp_path):
         if what != "bytes" or draw.draw(st.booleans()):
             digests(bad, lie)
             (bad / "meta.json").write_bytes(dumps(lie))
-        if corpus := attempt(f"corpus folders, {what}", DataError, lambda: data.Corpus(bad)):
+        if corpus := attempt(f"corpus folders, {what}", UserError, lambda: data.Corpus(bad)):
             assert corpus.vocab_size == 300 and corpus.boundary in BOUNDARIES
             for name in ("train", "dev"):
                 array = getattr(corpus, name)
@@ -400,7 +401,7 @@ def test_evaluation_files(tmp_path, tok):
     @hypothesis.given(file(), st.sampled_from(["2025", "2024"]), st.sampled_from(BOUNDARIES))
     def check(raw, protocol, boundary):
         (tmp_path / "task.jsonl").write_bytes(raw)
-        for item in attempt("evaluation files", evaluation.EvalError, lambda: read(tmp_path, protocol)) or ():
+        for item in attempt("evaluation files", UserError, lambda: read(tmp_path, protocol)) or ():
             json.dumps([item.task, item.group, item.subset, item.options], ensure_ascii=False).encode()
             for mode in ("causal", "masked", "mntp"):
                 ids, first = evaluation.encode(item.options, tok, boundary, protocol, mode)
@@ -440,11 +441,11 @@ def run(tmp_path, folder) -> Path:
 
 def write(path: Path, content: dict) -> Path:
     """A checkpoint whose checksum is right."""
-    torch.save(content | {"sha256": models.digest(content)}, path)
+    torch.save(content | {"sha256": digest(content)}, path)
     return path
 
 
-REFUSED = evaluation.EvalError, DataError, models.CheckpointError
+REFUSED = UserError, UserError, UserError
 
 
 class Runs:
@@ -493,8 +494,8 @@ def test_planted_code_is_refused_and_does_not_run(run, way):
                     Runs(Path.touch, ran), Runs(torch.load, str(ran)), Runs(__import__, "antigravity"),
                     Runs(torch.hub.load_state_dict_from_url, "file:///dev/null")):
         WAYS[way](path, planted)
-        for load in (lambda: models.load_checkpoint(path), lambda: evaluation.load_run(str(run), "cpu"),
-                     lambda: evaluation.load_run(str(path), "cpu")):
+        for load in (lambda: load_checkpoint(path), lambda: load_run(str(run), "cpu"),
+                     lambda: load_run(str(path), "cpu")):
             assert attempt("planted code", REFUSED, load) is None
         assert not ran.exists()
     pickle.loads(pickle.dumps(Runs(os.mkdir, str(ran))))
@@ -520,10 +521,10 @@ def test_claims_are_compared_with_the_weights_before_anything_is_built(run, tok,
     content = contents(tok, backbone)
     HUGE[claim](content)
     path, began = write(run / "step_0000003.pt", content), time.time()
-    assert attempt("claims", REFUSED, lambda: evaluation.load_run(str(path), "cpu")) is None
+    assert attempt("claims", REFUSED, lambda: load_run(str(path), "cpu")) is None
     assert time.time() - began < 5
-    with pytest.raises(models.CheckpointError, match=re.escape(str(path))):
-        models.load_model(models.load_checkpoint(path), name=path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_model(load_checkpoint(path), name=path)
 
 
 def deflated(path: Path):
@@ -568,7 +569,7 @@ def test_bombs_are_refused(run, bomb, monkeypatch):
     if bomb == "deflated":
         monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("was unpacked"))
     assert (run / "step_0000003.pt").stat().st_size < 500_000
-    assert attempt("bombs", REFUSED, lambda: evaluation.load_run(str(run), "cpu")) is None
+    assert attempt("bombs", REFUSED, lambda: load_run(str(run), "cpu")) is None
 
 
 WRONG = {
@@ -583,7 +584,7 @@ def test_settings_of_a_wrong_type_are_refused(run, tok, wrong):
             continue
         content = contents(tok)
         content["config"][name] = WRONG[wrong]
-        assert attempt("wrong settings", REFUSED, lambda: evaluation.load_run(
+        assert attempt("wrong settings", REFUSED, lambda: load_run(
             str(write(run / "step_0000003.pt", content)), "cpu")) is None, name
 
 
@@ -593,8 +594,8 @@ def test_settings_of_a_wrong_type_are_refused(run, tok, wrong):
 def test_weights_of_another_kind_are_refused(tok, change):
     content = contents(tok)
     content["model"]["embedding.tokens.weight"] = change(content["model"]["embedding.tokens.weight"])
-    with pytest.raises(models.CheckpointError, match="^mine.pt: ") as e:
-        models.load_model(content, name="mine.pt")
+    with pytest.raises(UserError, match="^mine.pt: ") as e:
+        load_model(content, name="mine.pt")
     assert len(str(e.value).splitlines()) == 1
 
 
@@ -602,7 +603,7 @@ def test_checkpoints(run, tok):
     """Settings and weights with something changed and a right checksum; and bytes with something changed."""
     good = {backbone: contents(tok, backbone) for backbone in BACKBONES}
     buffer = io.BytesIO()
-    torch.save(good["babyllama"] | {"sha256": models.digest(good["babyllama"])}, buffer)
+    torch.save(good["babyllama"] | {"sha256": digest(good["babyllama"])}, buffer)
     path = run / "step_0000003.pt"
 
     @fuzz(250)
@@ -614,7 +615,7 @@ def test_checkpoints(run, tok):
             plain = draw.draw(changed({k: v for k, v in good[backbone].items() if k != "model"}))
             write(path, plain if what == 1 and draw.draw(st.booleans()) else plain | {"model": good[backbone]["model"]})
         if found := attempt("checkpoints, bytes" if what == 0 else "checkpoints, settings", REFUSED,
-                            lambda: evaluation.load_run(str(path), "cpu")):
+                            lambda: load_run(str(path), "cpu")):
             _, content, model, _ = found
             assert {k: type(v) for k, v in asdict(model.config).items()} == {
                 k: type(v) for k, v in good[backbone]["config"].items()}
@@ -718,7 +719,7 @@ def test_a_vocabulary_of_bytes_alone(tmp_path, objective):
 def test_a_corpus_shorter_than_a_row(folder, tmp_path, text, said):
     (tmp_path / "text.txt").write_text(text, "utf-8", newline="")
     flags = [f"--corpus={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
-    with pytest.raises(DataError, match=said) as e:
+    with pytest.raises(UserError, match=said) as e:
         prepare.prepare([str(tmp_path / "text.txt")], [str(folder / "text.txt")], str(tmp_path / "corpus"),
                      tokenizer=str(folder / "corpus" / "tokenizer.json"))
         train.train(config.load(train.Settings, flags))

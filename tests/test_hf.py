@@ -23,10 +23,11 @@ tokenizers = pytest.importorskip("tokenizers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 yaml = pytest.importorskip("yaml")
 
-import prepare
 import eval as evaluation  # noqa: E402
+import prepare
+from antlm.checkpoint import checkpoints, load_checkpoint, load_run, save_checkpoint  # noqa: E402
 from antlm.tokenizer import END, MASK, PAD, START, Tokenizer, save_tokenizer, train_bpe  # noqa: E402
-from model import ModelConfig, Transformer, checkpoints, generate, load_checkpoint, save_checkpoint  # noqa: E402
+from model import ModelConfig, Transformer, generate  # noqa: E402
 from train import Settings  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -252,7 +253,7 @@ def test_saved_again_by_transformers_it_is_the_same_and_stays_tied(made, tmp_pat
     hf_again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert hf_again(TEXT)["input_ids"] == hf(TEXT)["input_ids"]
     import_hf.main([str(tmp_path / "again"), str(tmp_path / "run")])
-    _, content, back, tokenizer = evaluation.load_run(str(tmp_path / "run"), "cpu")
+    _, content, back, tokenizer = load_run(str(tmp_path / "run"), "cpu")
     assert_equal_weights(back, model)
     ours = Tokenizer(run / "tokenizer.json")
     assert tokenizer.encode_text(TEXT, content["boundary"]) == ours.encode_text(TEXT, boundary)
@@ -336,7 +337,7 @@ def assert_equal_weights(a: Transformer, b: Transformer):
 def test_export_and_import_change_nothing(made, tmp_path, kind):
     model, tokenizer, boundary, run, out = made(kind)
     import_hf.main([str(out), str(tmp_path / "back")])
-    path, content, back, again = evaluation.load_run(str(tmp_path / "back"), "cpu")
+    path, content, back, again = load_run(str(tmp_path / "back"), "cpu")
     original = load_checkpoint(checkpoints(run)[0])
     assert_equal_weights(back, model)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
@@ -349,7 +350,15 @@ def test_export_and_import_change_nothing(made, tmp_path, kind):
 
 def train_theirs(folder: Path, split: bool = False):
     """A byte-level BPE tokenizer as others train theirs: GPT-2's pattern, no mask, not all bytes, other special ids."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     hf = Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
     pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -397,7 +406,7 @@ def test_a_foreign_llama_keeps_its_ids_and_logits(tmp_path, capsys, kind):
     said = capsys.readouterr().out
     assert "the folder has no <mask>, " in said and " of the 256 bytes; added with the mean" in said
     added = 1 + int(said.split("<mask>, ")[1].split()[0])
-    _, content, model, tokenizer = evaluation.load_run(str(tmp_path / "run"), "cpu")
+    _, content, model, tokenizer = load_run(str(tmp_path / "run"), "cpu")
     assert content["boundary"] == "document" and content["settings"]["block_size"] == 256
 
     ours = json.loads((tmp_path / "run" / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
@@ -444,7 +453,7 @@ def test_ltg_bert_with_the_names_of_the_reference(tmp_path):
     params = {key.removeprefix("param/"): x.contiguous() for key, x in reference.items() if key.startswith("param/")}
     torch.save(params, folder / "pytorch_model.bin")
     import_hf.main([str(folder), str(tmp_path / "run")])
-    _, content, model, tokenizer = evaluation.load_run(str(tmp_path / "run"), "cpu")
+    _, content, model, tokenizer = load_run(str(tmp_path / "run"), "cpu")
     to_ours = torch.tensor([*(tokenizer.encode(name)[0] for name in names[:3:-1]), MASK, END, START, PAD])
     for mode, lengths in (("causal", None), ("bidirectional", None), ("padded", reference["lengths"])):
         got = model(to_ours[reference["input_ids"]], causal=mode == "causal", lengths=lengths)[..., to_ours]
@@ -542,7 +551,7 @@ def test_import_names_differences_that_it_lets_pass(made, tmp_path, capsys):
                  "1 tokens hold a newline and more"):
         assert f"note: {note}" in said
     model = made("tied")[0]
-    _, _, back, tokenizer = evaluation.load_run(str(tmp_path / "run"), "cpu")
+    _, _, back, tokenizer = load_run(str(tmp_path / "run"), "cpu")
     assert len(tokenizer.encode("\n\n")) == 2
     merges = json.loads((tmp_path / "run" / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
     assert merges == ["Ġ t", "Ġt h", "t h", "Ċ Ċ"]
@@ -678,7 +687,7 @@ def test_a_mark_far_behind_is_not_passed_off(tmp_path, capsys):
     make_run(run, *KINDS["untied"], words=39_900_000, step=1500)  # more than the 500 steps behind 30M
     path = run / "step_0001500.pt"
     content = load_checkpoint(path)
-    model = evaluation.load_run(str(path), "cpu")[2]
+    model = load_run(str(path), "cpu")[2]
     content["settings"]["save_every"] = 300
     save_checkpoint(path, model, **{k: v for k, v in content.items() if k not in ("model", "config")})
     export_hf.main([str(run), str(tmp_path / "out"), "--checkpoints"])

@@ -15,14 +15,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-
-import conftest
-import model
-import train
 from conftest import until
-from model import CheckpointError, checkpoints, load_checkpoint
+
+from antlm.checkpoint import checkpoints, digest, load_checkpoint, load_newest
+from config import UserError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -75,7 +74,7 @@ def flip_a_bit(run: Path, part: str):
     content = load_checkpoint(path)
     tensor = content["model"]["head.norm.weight"] if part == "model" else content["optimizer"][0]["state"][0]["exp_avg"]
     tensor.view(torch.int32).view(-1)[0] ^= 1
-    torch.save(content | {"sha256": model.digest(content)}, path)
+    torch.save(content | {"sha256": digest(content)}, path)
 
 
 def change_a_number(run: Path):
@@ -169,7 +168,7 @@ def test_a_flipped_bit_is_never_taken_for_good(corpus, tmp_path, optimizer):
         try:
             assert kill.same(load_checkpoint(newest), content), f"bit flip in byte {place} went unnoticed"
             assert place not in inside
-        except CheckpointError as error:
+        except UserError as error:
             assert str(error).startswith(str(newest)) and "\n" not in str(error)
             detected += 1
     assert detected > len(inside) + 60
@@ -177,7 +176,7 @@ def test_a_flipped_bit_is_never_taken_for_good(corpus, tmp_path, optimizer):
     damaged[inside[0]] ^= 1
     newest.write_bytes(damaged)
     skipped = []
-    assert model.load_newest(tmp_path, skipped.append)[0] == before
+    assert load_newest(tmp_path, skipped.append)[0] == before
     assert len(skipped) == 1 and skipped[0].startswith(f"skipped {newest}")
 
 
@@ -203,8 +202,8 @@ def test_a_strange_checkpoint_ends_in_one_line(corpus, short_run, tmp_path, stra
     path.parent.mkdir()
     content = load_checkpoint(checkpoints(short_run)[0])
     STRANGE[strange](content)
-    torch.save(content | {"sha256": model.digest(content)}, path)
-    with pytest.raises((train.TrainError, CheckpointError), match=str(tmp_path)) as e:
+    torch.save(content | {"sha256": digest(content)}, path)
+    with pytest.raises((UserError), match=str(tmp_path)) as e:
         once(f"--corpus={corpus}", f"--out_dir={path.parent}", "--resume")
     assert "\n" not in str(e.value)
 
@@ -220,11 +219,11 @@ def test_an_older_checkpoint_goes_on(corpus, tmp_path):
         del content[name]
     for name in ("skip_nonfinite", "babylm_rules", "beta1"):
         del content["settings"][name]
-    torch.save(content | {"sha256": model.digest(content)}, before)
+    torch.save(content | {"sha256": digest(content)}, before)
     newest.unlink()
     once(*args, "--resume")
     assert kill.same(load_checkpoint(newest)["model"], expected["model"])
-    torch.save(content | {"sha256": model.digest(content)}, before)
+    torch.save(content | {"sha256": digest(content)}, before)
     newest.unlink()
     assert "beta1=0.9, not 0.8" in refusal(*args, "--resume", "--beta1=0.8")
 

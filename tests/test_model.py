@@ -20,7 +20,23 @@ import torch.nn.functional as F
 
 import config
 import train
-from model import IGNORE, CheckpointError, ModelConfig, Transformer, VocabularyLoss, attend, checkpoints, digest, dropout, generate, load_checkpoint, load_model, position_buckets, position_scores, save_checkpoint
+from antlm.checkpoint import (
+    checkpoints,
+    digest,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from antlm.ops import IGNORE, VocabularyLoss, dropout
+from config import UserError
+from model import (
+    ModelConfig,
+    Transformer,
+    attend,
+    generate,
+    position_buckets,
+    position_scores,
+)
 
 HERE = Path(__file__).parent
 BACKBONES = ("babyllama", "ltg_bert")
@@ -609,7 +625,7 @@ def saved(tmp_path):
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
@@ -675,7 +691,7 @@ def test_flipped_bits_are_noticed(saved):
         path.write_bytes(damaged)
         try:
             same = identical(load_checkpoint(path), content)
-        except CheckpointError as error:
+        except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
         else:
@@ -746,6 +762,6 @@ def test_weights_that_contradict_the_config_are_refused(saved, damage):
     content = load_checkpoint(saved[0])
     load_model(content)
     damage(content)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         load_model(content)
     assert "\n" not in str(error.value)

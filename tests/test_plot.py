@@ -11,9 +11,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="optional: pip install matplotlib")
 
-from antlm.tokenizer import Tokenizer
 import eval as evaluation
 import model as models
+from antlm.checkpoint import save_checkpoint
+from antlm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -213,7 +214,7 @@ def test_a_result_of_eval_itself(tmp_path, corpus):
     (run / "tokenizer.json").write_bytes(Path(corpus, "tokenizer.json").read_bytes())
     tokenizer = Tokenizer(run / "tokenizer.json")
     model = models.Transformer(models.ModelConfig("babyllama", 300, n_layer=1, n_head=2, n_embd=16, n_ff=16))
-    models.save_checkpoint(run / "step_0000009.pt", model, step=9, settings=dict(schedule="1_CLM+1_MLM", block_size=16),
+    save_checkpoint(run / "step_0000009.pt", model, step=9, settings=dict(schedule="1_CLM+1_MLM", block_size=16),
                            boundary="line", tokenizer_sha256=tokenizer.sha256)
     for uid, term in ("u1", "number"), ("u2", "number"), ("u3", "order"):
         lines = [{"sentence_good": f"The {noun} sees the dog.", "sentence_bad": f"The sees {noun} the dog.",

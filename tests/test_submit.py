@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
+from config import UserError
 from tools import submit
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,7 @@ def call(capsys):
         try:
             submit.main(list(map(str, args)))
             return 0, capsys.readouterr().out, ""
-        except evaluation.EvalError as e:
+        except UserError as e:
             return 1, capsys.readouterr().out, str(e)
     return run
 

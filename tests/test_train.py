@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import once, refusal, until
 
-import prepare
-from antlm.files import DataError
 import config
 import data
+import prepare
 import schedule
 import train
-from conftest import once, refusal, until
-from model import BACKBONES, ModelConfig, Transformer, checkpoints, digest, load_checkpoint, load_model
+from antlm.checkpoint import FREE, checkpoints, digest, load_checkpoint, load_model
+from antlm.optim import Lamb, make_optimizers, update
+from config import UserError
+from model import BACKBONES, ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_ff=48", "--block_size=16", "--batch_rows=24", "--lr=3e-3",
@@ -240,7 +242,7 @@ def test_a_step_is_as_long_as_the_learning_rate_says(optimizer):
         before = [p.detach().clone() for p in model.parameters()]
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        train.update(train.make_optimizers(model, train.Settings(optimizer=optimizer), torch.device("cpu")), lr, torch.tensor(1.0))
+        update(make_optimizers(model, train.Settings(optimizer=optimizer), torch.device("cpu")), lr, torch.tensor(1.0))
         moved.append([p.detach() - old for p, old in zip(model.parameters(), before)])
     for once_, twice in zip(*moved):
         assert once_.any()
@@ -251,14 +253,14 @@ def test_an_unfused_state_goes_on_in_a_fused_optimizer():
     """As from a Mac's GPU to a CPU."""
     model = Transformer(ModelConfig("babyllama", 60, 1, 2, 16, 24))
     for device in ("mps", "cpu"):
-        optimizer, = optimizers = train.make_optimizers(model, train.Settings(), torch.device(device))
+        optimizer, = optimizers = make_optimizers(model, train.Settings(), torch.device(device))
         if device == "cpu":
             optimizer.load_state_dict(state)
         before = model.head.vocab.weight.detach().clone()
         for wrong in (float("nan"), 1.0):
             for p in model.parameters():
                 p.grad = torch.full_like(p, wrong)
-            train.update(optimizers, 1e-3, torch.tensor(wrong))
+            update(optimizers, 1e-3, torch.tensor(wrong))
             assert torch.equal(model.head.vocab.weight, before) == (wrong != 1.0)
         state = optimizer.state_dict()
 
@@ -282,7 +284,7 @@ def test_a_missing_corpus_is_made_and_the_end_is_scored(corpus, tmp_path, monkey
 
     monkeypatch.setattr(subprocess, "run", call)
     args = [*TINY, "--schedule=1_CLM", f"--corpus={tmp_path / 'new'}", f"--out_dir={folder}", "--prepare=make.py 'a b',more.py", "--score=pairs"]
-    with pytest.raises(DataError, match="was missing, and the command"):
+    with pytest.raises(UserError, match="was missing, and the command"):
         once(*args)
     codes.clear()
     asked.clear()
@@ -308,7 +310,7 @@ OTHER = dict(  # settings that another run has; all others are free
 def test_a_run_goes_on_with_its_own_settings_and_text_alone(corpus, tmp_path):
     args = [*TINY, "--schedule=1_CLM", f"--corpus={corpus}", f"--out_dir={tmp_path / 'run'}"]
     once(*args)
-    assert OTHER.keys() | train.FREE == {field.name for field in dataclasses.fields(train.Settings)}
+    assert OTHER.keys() | FREE == {field.name for field in dataclasses.fields(train.Settings)}
     for name, value in OTHER.items():
         assert f"with {name}=" in refusal(*args, "--resume", f"--{name}={value}")
     text = Path(corpus).parent
@@ -351,7 +353,7 @@ def test_lamb_is_the_published_update():
     w, b = torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(4))
     expected = {p: p.detach().double().clone() for p in (w, b)}
     m, v = {w: 0, b: 0}, {w: 0, b: 0}
-    lamb = train.Lamb([dict(params=[w], weight_decay=0.1), dict(params=[b], weight_decay=0.0)], lr=0.02, betas=(0.9, 0.98), eps=1e-6)
+    lamb = Lamb([dict(params=[w], weight_decay=0.1), dict(params=[b], weight_decay=0.0)], lr=0.02, betas=(0.9, 0.98), eps=1e-6)
     for t in range(1, 6):
         for p, decay in ((w, 0.1), (b, 0.0)):
             p.grad = torch.randn_like(p)
@@ -369,7 +371,7 @@ def test_lamb_is_the_published_update():
 def test_embeddings_biases_and_norms_do_not_decay(optimizer):
     model = Transformer(ModelConfig("ltg_bert", 300, 2, 2, 32, 48, n_bucket=8))
     s = train.Settings(optimizer=optimizer)
-    decay = {id(p): g["weight_decay"] for o in train.make_optimizers(model, s, torch.device("cpu")) for g in o.param_groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for o in make_optimizers(model, s, torch.device("cpu")) for g in o.param_groups for p in g["params"]}
     named = dict(model.named_parameters())
     assert decay.keys() == {id(p) for p in named.values()}  # each parameter is trained, by one optimizer
     for name, p in named.items():
@@ -418,17 +420,17 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(optimizer, device):
     def updates(bad: tuple) -> list:
         torch.manual_seed(0)
         model = Transformer(ModelConfig("ltg_bert", 300, 1, 2, 32, 48, n_bucket=8))
-        optimizers = train.make_optimizers(model, train.Settings(optimizer=optimizer), torch.device(device))  # mps: not fused
+        optimizers = make_optimizers(model, train.Settings(optimizer=optimizer), torch.device(device))  # mps: not fused
         seen = [[p.detach().clone() for p in model.parameters()]]
         for good in range(3):
             for wrong in bad:
                 for p in model.parameters():
                     p.grad = torch.full_like(p, wrong)
-                train.update(optimizers, 0.1, torch.tensor(wrong))
+                update(optimizers, 0.1, torch.tensor(wrong))
                 torch.testing.assert_close([p.detach() for p in model.parameters()], seen[-1], rtol=0, atol=0)
             for i, p in enumerate(model.parameters()):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * good + i))
-            train.update(optimizers, 0.1, torch.tensor(1.0))
+            update(optimizers, 0.1, torch.tensor(1.0))
             seen.append([p.detach().clone() for p in model.parameters()])
             assert all(p.isfinite().all() for p in seen[-1]) and not any(torch.equal(a, b) for a, b in zip(seen[-2], seen[-1]))
         return seen
@@ -442,7 +444,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(optimizer, device):
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_an_update_does_not_wait_for_the_gpu(optimizer):
     model = Transformer(ModelConfig("ltg_bert", 300, 1, 2, 32, 48, n_bucket=8)).cuda()
-    optimizers = train.make_optimizers(model, train.Settings(optimizer=optimizer), torch.device("cuda"))
+    optimizers = make_optimizers(model, train.Settings(optimizer=optimizer), torch.device("cuda"))
     start = [p.detach().clone() for p in model.parameters()]
     for value in (float("nan"), 1.0):
         for p in model.parameters():
@@ -450,7 +452,7 @@ def test_an_update_does_not_wait_for_the_gpu(optimizer):
         norm = torch.tensor(value, device="cuda")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train.update(optimizers, 0.1, norm)
+            update(optimizers, 0.1, norm)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), start)]
@@ -527,7 +529,7 @@ def test_babylm_rules(corpus, tmp_path, monkeypatch):
     assert max(seen.values()) == 2 * words > 2500
     first = [min(step for step in seen if seen[step] >= mark) for mark in (1000, 2500)]
     assert kept == {step: seen[step] for step in (*first, max(seen))}
-    with pytest.raises(config.ConfigError, match="schedule = '4_CLM.16_MLM.4_CLM' has more than the 10 epochs"):
+    with pytest.raises(UserError, match="schedule = '4_CLM.16_MLM.4_CLM' has more than the 10 epochs"):
         config.load(train.Settings, ["config/babyllama.py", "--babylm_rules"])
     assert config.load(train.Settings, ["--schedule=2_CLM+6_MLM+2_CLM", "--babylm_rules"]).babylm_rules
 

@@ -30,14 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from antlm.files import DataError
 import config
 import eval as evaluation
+from antlm.distributed import Processes
+from antlm.ops import IGNORE
+from antlm.optim import make_optimizers, update
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
+from config import UserError
 from data import Batches
-from model import IGNORE, Transformer
+from model import Transformer
 from schedule import OBJECTIVES
-from train import Processes, Settings, make_optimizers, to_device, update
+from train import Settings, to_device
 
 VOCABULARY = {"babyllama": 16000, "ltg_bert": 16384}  # as published
 
@@ -330,7 +333,7 @@ def main():
         (bench_scoring if a.scoring else bench_training)(a, device)
     except (EOFError, BrokenPipeError):
         sys.exit("bench.py: a case has died, see above; if the system has killed it, memory ran out: try fewer --rows")
-    except (config.ConfigError, evaluation.EvalError, DataError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"bench.py: {e}")
 
 

@@ -32,18 +32,18 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np
+import plot
 import torch
 
 import config
 import finetune
-import plot
+from antlm.checkpoint import FREE, checkpoints
+from config import UserError
 from data import Batches, Corpus
-from antlm.files import DataError
+from eval import MODES, fingerprint, read_result, read_tasks, result_name, write_result
 from prepare import text_files
-from eval import MODES, EvalError, fingerprint, read_result, read_tasks, result_name, write_result
-from model import checkpoints
 from schedule import parse
-from train import FREE, Settings
+from train import Settings
 
 HERE = os.path.relpath(ROOT)
 OWN = {"corpus", "out_dir", "resume", "prepare", "score", "seed", "device"}  # of train.py, not for arms to set
@@ -120,7 +120,7 @@ class Spec:
                 raise ValueError(f"arms: {arm}: modes {modes} must be some of {', '.join(MODES.values())}")
             try:
                 epochs[arm] = self.epochs(arm)
-            except config.ConfigError as e:
+            except UserError as e:
                 raise ValueError(f"arms: {arm}: {e}") from None
         if len(set(epochs.values())) > 1 and not self.unequal_epochs:
             raise ValueError("arms differ in epochs: " + ", ".join(f"{arm} {n}" for arm, n in epochs.items())
@@ -131,7 +131,7 @@ def read_json(path: Path, lines: bool = False):
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
     except ValueError as e:
-        raise config.ConfigError(f"{path}: damaged ({e}); mend it, or remove it, a run's with its folder") from None
+        raise UserError(f"{path}: damaged ({e}); mend it, or remove it, a run's with its folder") from None
 
 
 def slice_text(text: str, out: Path, every: int):
@@ -145,7 +145,7 @@ def slice_text(text: str, out: Path, every: int):
 
 
 def open_corpus(spec: Spec) -> tuple[Corpus, dict]:
-    """The corpus of all arms, made if it is missing, and what it and the tasks hold; raises DataError, ConfigError."""
+    """The corpus of all arms, made if it is missing, and what it and the tasks hold; raises UserError, UserError."""
     items = [x for task in spec.tasks if not spec.table or Path(task).exists() for x in read_tasks(task, spec.limit)]
     Path(spec.out).mkdir(parents=True, exist_ok=True)
     with open(Path(spec.out, "lock"), "ab") as lock:  # inherited: it lasts as long as the commands
@@ -158,21 +158,21 @@ def open_corpus(spec: Spec) -> tuple[Corpus, dict]:
             for command in spec.prepare or [shlex.join(own)]:
                 print(f"python {command}", flush=True)
                 if subprocess.run([sys.executable, *shlex.split(command)], pass_fds=[lock.fileno()]).returncode:
-                    raise DataError(f"{spec.corpus}: was missing, and the command that makes it failed: python {command}")
+                    raise UserError(f"{spec.corpus}: was missing, and the command that makes it failed: python {command}")
     corpus, results = Corpus(spec.corpus), Path(spec.out, "results.json")
     now = {name: corpus.meta["train"][name] for name in ("words", "tokens", "sha256")}
     now |= dict(slice=spec.slice, dev_sha256=corpus.meta["dev"]["sha256"])
     then = read_json(results)["corpus"] if results.exists() else {}
     for name in now:
         if now[name] != then.get(name, now[name]):
-            raise config.ConfigError(f"{spec.out}: began with {name} = {then[name]}, not {now[name]}; "
+            raise UserError(f"{spec.out}: began with {name} = {then[name]}, not {now[name]}; "
                                      "remove it, or choose another --out")
     names = dict.fromkeys(x.task for x in items)
     return corpus, now | {"items": {name: fingerprint([x for x in items if x.task == name]) for name in names}}
 
 
 def plan(spec: Spec, corpus: Corpus) -> list[SimpleNamespace]:
-    """All runs, those of the first seed first; raises ConfigError where one has begun with other settings.
+    """All runs, those of the first seed first; raises UserError where one has begun with other settings.
 
     arm, seed, folder, log; args of train.py; schedule; steps, and last: the checkpoint after them; modes and results: what
     eval.py is asked for, and a file for each task; glue: the file of finetune.py.
@@ -192,7 +192,7 @@ def plan(spec: Spec, corpus: Corpus) -> list[SimpleNamespace]:
         theirs = asdict(Settings()) | read_json(folder / "settings.json") if begun else ours
         for name in sorted(ours.keys() - FREE | {"eval_rows", "precision"}):  # these change what is compared
             if theirs[name] != ours[name]:
-                raise config.ConfigError(f"{folder}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
+                raise UserError(f"{folder}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
                                          "remove it, or choose another --out")
     return runs
 
@@ -231,14 +231,14 @@ def next_command(spec: Spec, run: SimpleNamespace) -> list[str] | None:
 
 
 def find_workers(spec: Spec) -> list[tuple[str, dict]]:
-    """--device and environment of each worker; raises ConfigError."""
+    """--device and environment of each worker; raises UserError."""
     names = [x for name in spec.workers for x in (int(name) * ["cpu"] if name.isdigit() else [name])]
     threads, n_gpu, workers = max(1, torch.get_num_threads() // len(names)), torch.cuda.device_count(), []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")
     for name in names:
         device, _, number = name.partition(":")
         if number and int(number) >= n_gpu:
-            raise config.ConfigError(f"--workers={name}: torch sees {n_gpu} GPU(s), counted from 0")
+            raise UserError(f"--workers={name}: torch sees {n_gpu} GPU(s), counted from 0")
         gpu = {"CUDA_VISIBLE_DEVICES": visible[int(number)]} if number else {}
         workers.append((device, {"OMP_NUM_THREADS": str(threads)} | gpu))
     print(f"workers: {', '.join(names)}, with {threads} CPU thread(s) each", flush=True)
@@ -327,7 +327,7 @@ def work(spec: Spec, runs: list[SimpleNamespace], corpus: dict) -> int:
 
 
 def measure(spec: Spec, run: SimpleNamespace, corpus: dict) -> dict[tuple[str, str], tuple]:
-    """What a run is worth: (what, how): number, and of a task the share of each item by file, else None; raises EvalError."""
+    """What a run is worth: (what, how): number, and of a task the share of each item by file, else None; raises UserError."""
     entries, found = read_json(run.folder / "metrics.jsonl", lines=True), {}
     dev = [entry for entry in entries if "dev" in entry][-1]
     for objective, loss in dev["dev"].items():
@@ -335,7 +335,7 @@ def measure(spec: Spec, run: SimpleNamespace, corpus: dict) -> dict[tuple[str, s
     for file in run.results:
         for task, result in read_result(file)["tasks"].items():
             if corpus["items"].get(task, result["options_sha256"]) != result["options_sha256"]:
-                raise EvalError(f"{file}: scored on other items of {task} than there are now; remove this file in all runs' "
+                raise UserError(f"{file}: scored on other items of {task} than there are now; remove this file in all runs' "
                                 "folders, and they are scored anew")
             by_mode = {mode: (accuracy, [[(x[0] == max(x)) / x.count(max(x)) for x in subset["scores"][mode]]
                                          for subset in result["subsets"].values()])
@@ -466,14 +466,14 @@ def draw(spec: Spec, runs: list[SimpleNamespace]):
 
 
 def main(argv: list[str]) -> int:
-    """Do what the command line asks for -> exit code; raises ConfigError, DataError, EvalError and OSError."""
+    """Do what the command line asks for -> exit code; raises UserError, UserError, UserError and OSError."""
     if not argv or argv[0].startswith("-"):
-        raise config.ConfigError("name a spec first: experiment.py SPEC.py [--SETTING=VALUE...]")
+        raise UserError("name a spec first: experiment.py SPEC.py [--SETTING=VALUE...]")
     spec = config.load(Spec, argv)
     spec.out = spec.out or f"runs/experiments/{Path(argv[0]).stem}"
     spec.corpus, spec.baseline = spec.corpus or f"{spec.out}/corpus", spec.baseline or next(iter(spec.arms))
     if spec.table and not Path(spec.out).exists():
-        raise config.ConfigError(f"{spec.out}: does not exist, there is nothing to show; run it without --table first")
+        raise UserError(f"{spec.out}: does not exist, there is nothing to show; run it without --table first")
     if spec.glue and not spec.table:
         for name, own in config.load(finetune.Settings, glue_flags(spec)).by_task().items():
             for split in ("valid", *["train*"] * (name != "mnli-mm")):
@@ -489,7 +489,7 @@ def main(argv: list[str]) -> int:
         return code
     try:
         draw(spec, runs)
-    except plot.PlotError as e:
+    except UserError as e:
         print(f"no pictures: {e}")
     print(f"{NOTES}\nwritten: {spec.out}/results.md and results.json")
     return code
@@ -498,5 +498,5 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (config.ConfigError, DataError, EvalError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"experiment.py: {e}")

@@ -19,10 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from antlm.checkpoint import checkpoints, load_run
+from antlm.files import json_write
 from antlm.tokenizer import PAD, Tokenizer, tokenizer_json
-from antlm.files import DataError, json_write
-from eval import EvalError, load_run, read_result
-from model import CheckpointError, ModelConfig, Transformer, checkpoints
+from config import UserError
+from eval import read_result
+from model import ModelConfig, Transformer
 from schedule import WORD_MARKS
 from train import Settings
 
@@ -36,10 +38,6 @@ NAMES = {  # our module: theirs, one below the other; N is the number of the lay
                  "qk": "N.attention.in_proj_qk", "v": "N.attention.in_proj_v", "out": "N.attention.out_proj",
                  "out_norm": "N.attention.post_layer_norm", "up_gate": "N.mlp.mlp.1", "down": "N.mlp.mlp.4"}}
 LAYERS = {"babyllama": "model.layers", "ltg_bert": "transformer.layers"}  # in front of N
-
-
-class ExportError(Exception):
-    """One line for the user: what is wrong, what was expected, what to do."""
 
 
 def their_names(backbone: str, ours: str) -> list[str]:
@@ -107,11 +105,11 @@ def export_tokenizer(source: Path, out: Path, boundary: str, start: int, positio
 
 
 def parsed(path: Path, take, default):
-    """What `take` makes of the file's text, `default` where there is no file; raises ExportError where take fails."""
+    """What `take` makes of the file's text, `default` where there is no file; raises UserError where take fails."""
     try:
         return take(path.read_text(encoding="utf-8")) if path.is_file() else default
     except (ValueError, LookupError, TypeError) as e:
-        raise ExportError(f"{path}: damaged ({type(e).__name__}: {e}); mend it or move it away") from None
+        raise UserError(f"{path}: damaged ({type(e).__name__}: {e}); mend it or move it away") from None
 
 
 def words_seen(content: dict, run: Path) -> int | None:
@@ -242,11 +240,11 @@ def export_checkpoints(run: Path, out: Path, name: str) -> list[str]:
     for file in reversed(checkpoints(run)):
         try:
             _, content, *loaded = last = load_run(str(file), "cpu")
-        except CheckpointError as e:
+        except UserError as e:
             print(f"skipped {e}", file=sys.stderr)
             continue
         if (words := content.get("words")) is None:
-            raise ExportError(f"{file}: does not say how many words it has seen (`words`); train with --babylm_rules")
+            raise UserError(f"{file}: does not say how many words it has seen (`words`); train with --babylm_rules")
         interval = content["settings"]["save_every"] * words / content["step"]
         mark = max((mark for mark in WORD_MARKS if mark <= words), default=None)
         if mark and mark not in made and words - mark <= interval:
@@ -255,7 +253,7 @@ def export_checkpoints(run: Path, out: Path, name: str) -> list[str]:
             print(f"{folder}: {file.name}, {words:,} words")
             made.add(mark)
     if last is None:
-        raise ExportError(f"{run}: --checkpoints wants a run folder, this holds no whole step_*.pt")
+        raise UserError(f"{run}: --checkpoints wants a run folder, this holds no whole step_*.pt")
     export(run, *last[1:], out / "main", f"{name}/main")
     print(f"main: {last[0].name}, {words:,} words")
     return [f"chck_{mark // 1_000_000}M" for mark in WORD_MARKS if mark <= words and mark not in made]
@@ -263,12 +261,12 @@ def export_checkpoints(run: Path, out: Path, name: str) -> list[str]:
 
 @contextmanager
 def new_folder(name: str):
-    """A path to fill beside the folder `name`, whose name it gets at the end; raises ExportError."""
+    """A path to fill beside the folder `name`, whose name it gets at the end; raises UserError."""
     out = Path(name)
     if out.exists():
-        raise ExportError(f"{out}: exists already; remove it or choose another name")
+        raise UserError(f"{out}: exists already; remove it or choose another name")
     if not out.absolute().parent.is_dir():
-        raise ExportError(f"{out}: {out.absolute().parent} is no folder; make it first")
+        raise UserError(f"{out}: {out.absolute().parent} is no folder; make it first")
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         yield part
@@ -294,7 +292,7 @@ def main(argv: list[str] | None = None):
                 export(file.parent, *loaded, part, name)
     except ImportError as e:
         sys.exit(f"export_hf.py: needs {e.name}; pip install safetensors")
-    except (ExportError, EvalError, DataError, CheckpointError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"export_hf.py: {e}")
     if missing:
         print(f"no checkpoint of its own: {', '.join(missing)}")

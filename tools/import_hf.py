@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from export_hf import new_folder, their_names
 
+from antlm.checkpoint import load_model, save_checkpoint
+from antlm.files import json_write
 from antlm.tokenizer import PATTERN, SPECIAL, Tokenizer, byte_alphabet, tokenizer_json
-from antlm.files import DataError, json_write
-from export_hf import ExportError, new_folder, their_names
-from model import CheckpointError, ModelConfig, Transformer, load_model, save_checkpoint
+from config import UserError
+from model import ModelConfig, Transformer
 from train import Settings
 
 # GPT-2's, and that of a ByteLevel without a Split; ours differs from it only in that a newline stands alone.
@@ -31,10 +33,6 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 ROLES = {  # our special tokens and what a folder calls its own; one token that plays several parts goes to the first
     "<s>": ["bos_token", "cls_token"], "</s>": ["eos_token", "sep_token"], "<mask>": ["mask_token"],
     "<pad>": ["pad_token"]}
-
-
-class ImportRefused(Exception):
-    """One line for the user: which file, what in it is not supported, what is."""
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -46,17 +44,17 @@ def read_json(path: Path, optional: bool = False) -> dict:
             raise ValueError("no JSON object")
         return content
     except OSError as e:
-        raise ImportRefused(f"{path}: cannot be read ({e.strerror}); name a folder of transformers") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name a folder of transformers") from None
     except ValueError as e:
-        raise ImportRefused(f"{path}: not a JSON object in UTF-8 ({e})") from None
+        raise UserError(f"{path}: not a JSON object in UTF-8 ({e})") from None
 
 
 def model_config(c: dict, path: Path) -> ModelConfig:
-    """Sizes of the model of a config.json; raises ImportRefused where it computes something that ours does not."""
+    """Sizes of the model of a config.json; raises UserError where it computes something that ours does not."""
     kind, classes = c.get("model_type") or "", c.get("architectures") or []
     ltg = any(name.lower().replace("-", "").replace("_", "").startswith("ltgbert") for name in (kind, *classes))
     if kind != "llama" and not ltg:
-        raise ImportRefused(f"{path}: model_type {kind!r}, architectures {classes}: only Llama and LTG-BERT are "
+        raise UserError(f"{path}: model_type {kind!r}, architectures {classes}: only Llama and LTG-BERT are "
                             "supported (GPT-BERT is another network)")
     try:
         D, H = c["hidden_size"], c["num_attention_heads"]
@@ -73,12 +71,12 @@ def model_config(c: dict, path: Path) -> ModelConfig:
             expected = dict(num_key_value_heads=H, head_dim=D // H, hidden_act="silu", attention_bias=False,
                             mlp_bias=False, rms_norm_eps=1e-6, rope_theta=10000.0, rope_type="default")
     except (LookupError, TypeError, ValueError, ArithmeticError) as e:
-        raise ImportRefused(f"{path}: sizes are missing or impossible ({type(e).__name__}: {e})") from None
+        raise UserError(f"{path}: sizes are missing or impossible ({type(e).__name__}: {e})") from None
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # of transformers 5, of 4
     for name, value in expected.items():
         found = rope.get(name, rope.get("type") if name == "rope_type" else c.get(name))
         if found not in (None, value):
-            raise ImportRefused(f"{path}: {name} = {found!r} is not supported, only {value!r}")
+            raise UserError(f"{path}: {name} = {found!r} is not supported, only {value!r}")
     return config
 
 
@@ -87,17 +85,17 @@ def read_tensors(folder: Path) -> tuple[Path, dict]:
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
-        raise ImportRefused(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, in one piece")
+        raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, in one piece")
     from safetensors.torch import load_file
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
         return path, {name: tensor.float() for name, tensor in tensors.items()}
     except Exception as e:  # both libraries raise whatever a damaged file makes them run into
-        raise ImportRefused(f"{path}: damaged, or not plain tensors ({str(e).strip().splitlines()[0][:150]})") from None
+        raise UserError(f"{path}: damaged, or not plain tensors ({str(e).strip().splitlines()[0][:150]})") from None
 
 
 def translate_weights(path: Path, tensors: dict, c: ModelConfig) -> dict:
-    """State dict of our Transformer; raises ImportRefused unless the file holds exactly its parameters."""
+    """State dict of our Transformer; raises UserError unless the file holds exactly its parameters."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(c).state_dict().items()}
     ours = {}
@@ -106,23 +104,23 @@ def translate_weights(path: Path, tensors: dict, c: ModelConfig) -> dict:
         if name == "head.vocab.weight" and (c.tied or c.backbone == "ltg_bert"):
             ours[name] = ours["embedding.tokens.weight"]
             if not torch.equal(tensors.pop(theirs[0], ours[name]), ours[name]):
-                raise ImportRefused(f"{path}: {theirs[0]} is not the embedding, but such a model ties them")
+                raise UserError(f"{path}: {theirs[0]} is not the embedding, but such a model ties them")
             continue
         if missing := [x for x in theirs if x not in tensors]:
-            raise ImportRefused(f"{path}: holds no {missing[0]}, as a {c.backbone} of this config.json would")
+            raise UserError(f"{path}: holds no {missing[0]}, as a {c.backbone} of this config.json would")
         ours[name] = torch.cat([tensors.pop(x) for x in theirs])
         if ours[name].shape != shape:
-            raise ImportRefused(f"{path}: {' + '.join(theirs)} is {tuple(ours[name].shape)}, config.json says "
+            raise UserError(f"{path}: {' + '.join(theirs)} is {tuple(ours[name].shape)}, config.json says "
                                 f"{tuple(shape)}")
     if left := [name for name in tensors if not name.endswith(("position_indices", "rotary_emb.inv_freq"))]:  # computed
-        raise ImportRefused(f"{path}: holds {left[0]}, which a {c.backbone} of this config.json does not have")
+        raise UserError(f"{path}: holds {left[0]}, which a {c.backbone} of this config.json does not have")
     return ours
 
 
 def check_tokenizer(content: dict, path: Path) -> str:
-    """Boundary that goes with a tokenizer.json; raises ImportRefused for what ours cannot do, says what it does not."""
+    """Boundary that goes with a tokenizer.json; raises UserError for what ours cannot do, says what it does not."""
     def refuse(what: str):
-        raise ImportRefused(f"{path}: {what} is not supported, only byte-level BPE with GPT-2's split pattern")
+        raise UserError(f"{path}: {what} is not supported, only byte-level BPE with GPT-2's split pattern")
 
     model, pre, normalizer = (content.get(name) or {} for name in ("model", "pre_tokenizer", "normalizer"))
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
@@ -186,7 +184,7 @@ def translate_tokenizer(folder: Path, out: Path, config: dict, boundary: str | N
         if None in theirs[len(SPECIAL) + 256:] or len(known) + len(rest) != config["vocab_size"]:
             raise ValueError("a token is missing, plays two parts, or has an id beyond vocab_size of config.json")
     except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise ImportRefused(f"{path}: vocabulary and merges do not fit together ({type(e).__name__}: {e})") from None
+        raise UserError(f"{path}: vocabulary and merges do not fit together ({type(e).__name__}: {e})") from None
     json_write(out, tokenizer_json(merges))
     absent = [name for name in SPECIAL if name not in specials]
     if n := theirs[len(SPECIAL):].count(None):
@@ -216,7 +214,7 @@ def import_folder(folder: Path, out: Path, name: str) -> str:
     config = read_json(folder / "config.json")
     own = read_json(folder / "antlm.json", optional=True)  # what export_hf.py knew beyond the weights
     if own and not (isinstance(own.get("settings"), dict) and isinstance(own.get("step"), int)):
-        raise ImportRefused(f"{folder}/antlm.json: not written by export_hf.py; without it the folder is read as any "
+        raise UserError(f"{folder}/antlm.json: not written by export_hf.py; without it the folder is read as any "
                             "other")
     c = model_config(config, folder / "config.json")
     weights = translate_weights(*read_tensors(folder), c)
@@ -249,7 +247,7 @@ def main(argv: list[str] | None = None):
             name = import_folder(Path(args.folder), part, args.run)
     except ImportError as e:
         sys.exit(f"import_hf.py: needs {e.name}; pip install safetensors")
-    except (ImportRefused, ExportError, DataError, CheckpointError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"import_hf.py: {e}")
     print(f"{args.run}/{name}: written")
 

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import prepare
-from model import CheckpointError, checkpoints, load_checkpoint
+from antlm.checkpoint import checkpoints, load_checkpoint
+from config import UserError
 
 SETTINGS = ["--schedule=1_CLM+1_MLM+1_1CLM:2MNTP", "--n_layer=2", "--n_head=2", "--n_embd=64", "--n_ff=96", "--n_bucket=8",
             "--block_size=16", "--batch_rows=24", "--micro_rows=7", "--dropout=0.1", "--lr=3e-3", "--log_every=1",
@@ -65,7 +66,7 @@ def newest_whole(run: Path) -> int:
     for path in checkpoints(run):
         try:
             return load_checkpoint(path)["step"]
-        except CheckpointError:
+        except UserError:
             continue
     return 0
 

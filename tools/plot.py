@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from config import UserError
 from schedule import OBJECTIVES, parse
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito 2008
@@ -25,25 +26,21 @@ SUFFIXES = ".png", ".svg", ".pdf"
 DAMAGE = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError  # a damaged file's errors
 
 
-class PlotError(Exception):
-    """One line for the user: which file, what was expected, what to do."""
-
-
 def read_training(path: str) -> SimpleNamespace:
-    """Series of a run folder, from its settings.json and metrics.jsonl; raises PlotError, OSError.
+    """Series of a run folder, from its settings.json and metrics.jsonl; raises UserError, OSError.
 
     folder, schedule; phases: (objectives, words at start, words at end); lr: (words, learning rate); train and dev:
     for each objective (words, loss), NaN where it is not trained. Words in millions with repetition, losses in nats.
     """
     run, metrics = Path(path), Path(path, "metrics.jsonl")
     if not metrics.is_file():
-        raise PlotError(f"{run}: not a run folder, it holds no metrics.jsonl; name the out_dir of a run"
+        raise UserError(f"{run}: not a run folder, it holds no metrics.jsonl; name the out_dir of a run"
                         + ", or add --scores to draw a result of eval.py" * run.is_file())
     try:
         schedule = json.loads((run / "settings.json").read_bytes())["schedule"]
         phases = parse(schedule)
     except DAMAGE as e:
-        raise PlotError(f"{run / 'settings.json'}: not the settings of a run ({type(e).__name__}: {e})") from None
+        raise UserError(f"{run / 'settings.json'}: not the settings of a run ({type(e).__name__}: {e})") from None
     lr, found, epoch = [], {"loss": [], "dev": []}, 0.0
     for number, line in enumerate(metrics.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):  # as train.py --resume does
@@ -57,10 +54,10 @@ def read_training(path: str) -> SimpleNamespace:
             if "loss" in entry:
                 lr.append((words, float(entry["lr"])))
         except DAMAGE as e:
-            raise PlotError(f"{metrics}:{number}: not as train.py wrote it ({type(e).__name__}: {e}); "
+            raise UserError(f"{metrics}:{number}: not as train.py wrote it ({type(e).__name__}: {e}); "
                             "mend or remove this line") from None
     if not found["dev"] or not words * epoch:
-        raise PlotError(f"{metrics}: no dev losses yet; they come at the end of each epoch, or every eval_every steps")
+        raise UserError(f"{metrics}: no dev losses yet; they come at the end of each epoch, or every eval_every steps")
     spans, end = [], 0.0
     for phase in phases:
         start, end = end, end + phase.epochs * words / epoch
@@ -73,7 +70,7 @@ def read_training(path: str) -> SimpleNamespace:
 
 
 def read_scores(path: str) -> SimpleNamespace:
-    """Scores of a result file, or of the newest full one in a run folder; raises PlotError, OSError.
+    """Scores of a result file, or of the newest full one in a run folder; raises UserError, OSError.
 
     file; note: its step, and what is not as usual; percent[task, mode]: percent correct of each group, or subset where
     a task has no groups, and last of the task itself, ""; chance[task]: percent; items[task]: items of each subset.
@@ -97,13 +94,13 @@ def read_scores(path: str) -> SimpleNamespace:
             if not scores.percent:
                 raise ValueError("no scores in it")
         except DAMAGE as e:
-            raise PlotError(f"{file}: not a result that eval.py wrote ({type(e).__name__}: {e})") from None
+            raise UserError(f"{file}: not a result that eval.py wrote ({type(e).__name__}: {e})") from None
         if not run.is_dir():
             return scores
         if not whole["partial"]:
             print(f"{run}: scores from {file.name}")
             return scores
-    raise PlotError(f"{run}: only results of --limit in it; name the file, as {files[0]}, to draw one" if files else
+    raise UserError(f"{run}: only results of --limit in it; name the file, as {files[0]}, to draw one" if files else
                     f"{run}: holds no eval_*.json; python eval.py {run} --task PATH writes one")
 
 
@@ -116,7 +113,7 @@ def figure(width: float, height: float):
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise PlotError("draws with matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError("draws with matplotlib, which is not installed: pip install matplotlib") from None
     matplotlib.rcParams.update({
         "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.right": False,
         "axes.spines.top": False, "legend.frameon": False, "text.parse_math": False})
@@ -190,13 +187,13 @@ def draw_scores(results: list[SimpleNamespace]):
     runs = []
     for new in results:
         if new.items != results[0].items:
-            raise PlotError(f"{new.file}: another test than {results[0].file} (tasks {', '.join(new.items)} and "
+            raise UserError(f"{new.file}: another test than {results[0].file} (tasks {', '.join(new.items)} and "
                             f"{', '.join(results[0].items)}, or other items); name eval_*.json files of one test")
         same = [run for run in runs if (run.file.parent, run.note) == (new.file.parent, new.note)
                 and not run.percent.keys() & new.percent.keys()]  # other modes of the same checkpoint
         same[0].percent.update(new.percent) if same else runs.append(new)
     if len(runs) > len(COLOURS):
-        raise PlotError(f"{len(runs)} runs: more than {len(COLOURS)} cannot be told apart in one picture")
+        raise UserError(f"{len(runs)} runs: more than {len(COLOURS)} cannot be told apart in one picture")
     modes = sorted({mode for run in runs for _, mode in run.percent})
     rows = {task: list(percent) for (task, _), percent in runs[0].percent.items()}
     heights = [(len(labels) + 1) * (0.1 + 0.14 * len(runs)) for labels in rows.values()]
@@ -245,10 +242,10 @@ def main(argv: list[str] | None = None):
         folder = first if first.is_dir() else first.parent
         out = Path(args.out or folder / ("scores.png" if args.scores else "training.png"))
         if out.suffix not in SUFFIXES or not out.parent.is_dir() or out.is_dir():
-            raise PlotError(f"{out}: cannot be written; --out is a {', '.join(SUFFIXES)} file in a folder that exists")
+            raise UserError(f"{out}: cannot be written; --out is a {', '.join(SUFFIXES)} file in a folder that exists")
         draw(runs).savefig(out, dpi=200)
         print(f"wrote {out}")
-    except (PlotError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"plot.py: {e}")
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from antlm.files import DataError
-from eval import EvalError, Item, fingerprint, read_result, read_tasks
+
+from config import UserError
+from eval import Item, fingerprint, read_result, read_tasks
 
 # Items by subset, as collate_preds.py of 2025 asserts them; of BLiMP's 67 files and entity tracking's splits the sums.
 SUPPLEMENT = dict(hypernym=842, qa_congruence_easy=64, qa_congruence_tricky=165, subject_aux_inversion=3867, turn_taking=280)
@@ -55,7 +56,7 @@ def completion(part: str, year: str, option: tuple[str, int]) -> str:
 
 
 def check_counts(part: str, found: dict[str, int], where: str):
-    """Raise EvalError unless the subsets hold as many items as the challenge's."""
+    """Raise UserError unless the subsets hold as many items as the challenge's."""
     if part == "blimp":
         found, expected = {"files": len(found), "items": sum(found.values())}, {"files": 67, "items": 59875}
     elif part == "entity_tracking":
@@ -65,14 +66,14 @@ def check_counts(part: str, found: dict[str, int], where: str):
         expected = {"blimp_supplement": SUPPLEMENT, "ewok": EWOK, "comps": COMPS}[part]
     if found != expected:
         name = next(name for name in {**expected, **found} if found.get(name) != expected.get(name))
-        raise EvalError(f"{where}: {part} has {found.get(name, 0):,} {name} where the challenge has "
+        raise UserError(f"{where}: {part} has {found.get(name, 0):,} {name} where the challenge has "
                         f"{expected.get(name, 0):,}; score the challenge's whole set")
 
 
 def find_parts(results: dict[Path, dict], mode: str, year: str, wanted) -> dict[str, tuple[Path, str]]:
     """The newest file that holds each wanted part whole, in that mode and that year's protocol, and the part's name in it.
 
-    Raises EvalError where a part was scored on sets of other counts alone.
+    Raises UserError where a part was scored on sets of other counts alone.
     """
     parts, other = {}, {}
     for file, result in results.items():
@@ -83,7 +84,7 @@ def find_parts(results: dict[Path, dict], mode: str, year: str, wanted) -> dict[
                 try:
                     check_counts(part, {uid(part, name): subset["items"] for name, subset in scored["subsets"].items()}, str(file))
                     parts[part] = file, task
-                except EvalError as e:  # such as the challenge's fast_eval, which may stand beside the whole set
+                except UserError as e:  # such as the challenge's fast_eval, which may stand beside the whole set
                     other[part] = e
     for part in (part for part in other if part not in parts):
         raise other[part]
@@ -91,13 +92,13 @@ def find_parts(results: dict[Path, dict], mode: str, year: str, wanted) -> dict[
 
 
 def zero_shot(file: Path, result: dict, items: list[Item], part: str, task: str, mode: str, year: str) -> tuple[dict, int]:
-    """Predictions by uid from a result of eval.py on `items`, and how many ties there were; raises EvalError.
+    """Predictions by uid from a result of eval.py on `items`, and how many ties there were; raises UserError.
 
     In a tie the last of the best options is taken: the right one stands first and must not win by its place.
     """
     items = [item for item in items if item.task == task]
     if fingerprint(items) != result["tasks"][task]["options_sha256"]:
-        raise EvalError(f"{file}: {result['task']} no longer holds the items of {task} that were scored")
+        raise UserError(f"{file}: {result['task']} no longer holds the items of {task} that were scored")
     members, found, ties = {}, {}, 0
     for item in items:
         members.setdefault(item.subset, []).append(item)
@@ -113,7 +114,7 @@ def zero_shot(file: Path, result: dict, items: list[Item], part: str, task: str,
 
 
 def glue(file: Path, result: dict, year: str) -> tuple[dict, list[str]]:
-    """Predictions by task of each task's first seed, and the tasks that are missing; raises EvalError."""
+    """Predictions by task of each task's first seed, and the tasks that are missing; raises UserError."""
     parts, missing = {}, []
     for task in GLUE if year == "2024" else GLUE_2025:
         if task not in result or not result[task]["seeds"]:
@@ -121,7 +122,7 @@ def glue(file: Path, result: dict, year: str) -> tuple[dict, list[str]]:
             continue
         predictions = next(iter(result[task]["seeds"].values()))["predictions"]
         if len(predictions) != GLUE[task] or not all(type(x) is int for x in predictions):
-            raise EvalError(f"{file}: {task} has {len(predictions):,} predictions where the challenge has {GLUE[task]:,}; "
+            raise UserError(f"{file}: {task} has {len(predictions):,} predictions where the challenge has {GLUE[task]:,}; "
                             "fine-tune on the challenge's whole set, without a limit")
         parts[task] = {"predictions": [{"id": f"{task}_{i}", "pred": x} for i, x in enumerate(predictions)]}
     return parts, missing
@@ -140,11 +141,11 @@ def main(argv: list[str] | None = None):
     a = parser.parse_args(argv)
     name = a.name or a.run.resolve().name
     if "." in name:
-        raise EvalError(f"--name {name}: the pipelines cut a name at its last dot; choose one without")
+        raise UserError(f"--name {name}: the pipelines cut a name at its last dot; choose one without")
     files = sorted([*a.run.glob("eval_*.json"), *a.run.glob("glue_*.json")], key=lambda file: file.stat().st_mtime)
     results = {file: read_result(file) for file in files}
     if not results:
-        raise EvalError(f"{a.run}: holds no result of eval.py or finetune.py (eval_*.json, glue_*.json)")
+        raise UserError(f"{a.run}: holds no result of eval.py or finetune.py (eval_*.json, glue_*.json)")
     step = max(result["step"] for result in results.values())
     results = {file: result for file, result in results.items() if result["step"] == step}
     glue_file = a.run / f"glue_{step}.json"
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None):
     found = find_parts({file: result for file, result in results.items() if "modes" in result}, a.mode, a.year, wanted)
     missing = [part for part in wanted if part not in found] + missing
     if missing and not a.incomplete:
-        raise EvalError(f"{a.run}: missing in {a.mode} mode, protocol {a.year}, at step {step}: {', '.join(missing)}; "
+        raise UserError(f"{a.run}: missing in {a.mode} mode, protocol {a.year}, at step {step}: {', '.join(missing)}; "
                         f"score them (eval.py --protocol {a.year}), or --incomplete")
     parts, ties, read = {}, 0, functools.cache(read_tasks)  # one result may hold several parts
     for part, (file, task) in found.items():
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None):
         written |= {root / "finetune" / task / "predictions.json": {task: tasks[task]} for task in tasks}
     for path in written:
         if path.exists():
-            raise EvalError(f"{path}: exists already; remove it or choose another --out")
+            raise UserError(f"{path}: exists already; remove it or choose another --out")
     for path, content in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, ensure_ascii=False).encode()
@@ -181,5 +182,5 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
-    except (EvalError, DataError, OSError) as e:
+    except (UserError, OSError) as e:
         sys.exit(f"submit.py: {e}")
