@@ -293,32 +293,6 @@ class Transformer(nn.Module):
         return loss, (targets != IGNORE).sum()
 
 
-@torch.inference_mode()
-def generate(model: Transformer, tokens: Tensor, n_new: int, *, block_size: int, temperature: float = 1.0,
-             top_k: int = 0, stop: int | None = None, forbidden: tuple[int, ...] = (),
-             generator: torch.Generator | None = None) -> list[int]:
-    """Continue tokens (1, T) by up to n_new sampled ones, in causal mode; stops before the token `stop`.
-
-    temperature 0 takes the likeliest token. Keys and values are kept; a row that has outgrown block_size is computed
-    anew from its last block_size tokens.
-    """
-    new, ids, cache = [], tokens, [[] for _ in model.blocks]
-    for _ in range(n_new):
-        fits = ids.size(1) <= block_size
-        x = ids[:, -1:] if fits and cache[0] else ids[:, -block_size:]
-        logits = model(x, causal=True, cache=cache if fits else None)[0, -1].float()
-        logits[list(forbidden)] = float("-inf")
-        if top_k:
-            logits[logits < logits.topk(min(top_k, logits.numel())).values[-1]] = float("-inf")
-        token = logits.argmax().view(1) if temperature == 0 else torch.multinomial(
-            (logits / temperature).softmax(-1), 1, generator=generator)
-        if token.item() == stop:
-            break
-        new.append(token.item())
-        ids = torch.cat((ids, token.view(1, 1)), dim=1)
-    return new
-
-
 # -------------------------------------------------------------------------------------------- checkpoints
 
 

@@ -14,7 +14,7 @@ from config import UserError
 from train import Settings
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name not in ("__init__.py", "glue_lora.py"))
+FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
 
 
 @pytest.fixture(autouse=True)
@@ -214,4 +214,4 @@ def test_a_mistake_ends_train_py_with_one_line(file, tmp_path, args, world, expe
 
 
 def test_the_settings_of_finetune_load():
-    assert config.load(finetune.Settings, [str(ROOT / "config/glue_lora.py")]).lora_rank == 8
+    assert config.load(finetune.Settings, [str(ROOT / "config/finetune/glue_lora.py")]).lora_rank == 8

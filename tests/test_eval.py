@@ -18,6 +18,7 @@ import model as models
 import prepare
 from antlm.checkpoint import save_checkpoint
 from antlm.tokenizer import END, MASK, PAD, START, Tokenizer, save_tokenizer, train_bpe
+from babylm.tasks import Item, read_tasks
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,7 @@ def test_scores_equal_a_plain_reference(model_of, tokenizer, backbone, mode, pro
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_scores_of_real_pairs_equal_a_plain_reference(model_of, tokenizer, backbone, mode):
     """The first pair of every sixth BLiMP file."""
-    options = [o for file in sorted(BLIMP.glob("*.jsonl"))[::6] for o in evaluation.read_tasks(file, limit=1)[0].options]
+    options = [o for file in sorted(BLIMP.glob("*.jsonl"))[::6] for o in read_tasks(file, limit=1)[0].options]
     with torch.no_grad():
         expected = [reference(model_of[backbone], tokenizer, *option, mode, "2025") for option in options]
     ids, first = evaluation.encode(options, tokenizer, "line", "2025", mode)
@@ -247,7 +248,7 @@ def test_each_kind_of_task_is_read(tmp_path):
             "comps/base": dict(prefix_acceptable="a sock", prefix_unacceptable="a tie", property_phrase="is warm."),
     }.items():
         write_lines(tmp_path / "t" / f"{file}.jsonl", record)
-    found = [(i.task, i.group, i.subset, i.options) for i in evaluation.read_tasks(str(tmp_path / "t"))]
+    found = [(i.task, i.group, i.subset, i.options) for i in read_tasks(str(tmp_path / "t"))]
     assert found == [
         ("blimp", "term", "a", [("G.", 0), ("B.", 0)]),
         ("comps", "", "base", [("a sock is warm.", 7), ("a tie is warm.", 6)]),
@@ -259,21 +260,21 @@ def test_each_kind_of_task_is_read(tmp_path):
 def test_lines_may_be_blank_and_end_in_crlf(tmp_path):
     line = b'{"sentence_good": "G.", "sentence_bad": "B."}'
     (tmp_path / "x.jsonl").write_bytes(b"\n" + line + b"\r\n\r\n" + line)
-    items = evaluation.read_tasks(str(tmp_path))
+    items = read_tasks(str(tmp_path))
     assert [i.where.rpartition(":")[2] for i in items] == ["2", "4"]
 
 
 def test_a_subset_whose_lines_name_several_groups_keeps_all_its_items(tmp_path):
     pairs = [dict(sentence_good="G.", sentence_bad="B.", linguistics_term=term) for term in ("g2", "g1", "g2")]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    result = evaluation.summarize(evaluation.read_tasks(str(tmp_path)), {"causal": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]})
+    result = evaluation.summarize(read_tasks(str(tmp_path)), {"causal": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]})
     assert result["items"] == 3 and result["subsets"]["x"]["group"] == "g2"
     assert result["accuracy"]["causal"] == pytest.approx(200 / 3)
 
 
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="needs BLiMP as filtered for BabyLM beside the repository")
 def test_the_real_blimp_is_read():
-    items = evaluation.read_tasks(str(BLIMP))
+    items = read_tasks(str(BLIMP))
     assert len(items) == 59_875 and len({i.subset for i in items}) == 67 and len({i.group for i in items}) == 13
     assert sum(i.options[0] == i.options[1] for i in items) == 7
     scores = {m: [[0.0, -1.0]] * len(items) for m in ("causal", "masked", "mntp")}
@@ -310,7 +311,7 @@ def test_a_bad_task_file_ends_in_one_line(tmp_path, make_run, content):
 
 
 def item(group: str, subset: str, n_options: int = 2):
-    return evaluation.Item("here:1", "task", "blimp", group, subset, [("x", 0)] * n_options)
+    return Item("here:1", "task", "blimp", group, subset, [("x", 0)] * n_options)
 
 
 def test_ties_share_the_point_and_means_are_unweighted():

@@ -21,6 +21,7 @@ import eval as evaluation
 import finetune
 import train
 from antlm.checkpoint import checkpoints, load_checkpoint
+from babylm.results import write_result
 from config import UserError
 from data import Corpus
 
@@ -250,7 +251,7 @@ def test_scores_of_other_items_or_of_other_settings_do_not_count(study, tmp_path
     for tasks, expected in ((whole, {"rte": 60.0, "wsc": 60.0}), (whole | {"wsc": dict(settings=settings, seeds={})}, {"rte": 60.0}),
                             (whole | {"rte": dict(settings=settings, seeds=seeds)}, {"wsc": 60.0}),
                             (whole | {"wsc": dict(settings=settings | {"limit": 4}, seeds=seeds)}, {"rte": 60.0})):
-        evaluation.write_result(run.glue, {"step": run.steps, "tasks": tasks})
+        write_result(run.glue, {"step": run.steps, "tasks": tasks})
         assert experiment.glue_scores(spec, run) == expected
 
     shutil.copytree(study / "out", tmp_path / "out")

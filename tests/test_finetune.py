@@ -17,6 +17,7 @@ import finetune
 import model as models
 from antlm.checkpoint import save_checkpoint
 from antlm.tokenizer import Tokenizer
+from babylm.glue import four_parts, join, measure
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,7 @@ def test_the_longer_text_is_cut_first():
         expected = a[:], b[:]
         while sum(map(len, expected)) > length:
             (expected[0] if len(expected[0]) > len(expected[1]) else expected[1]).pop()
-        assert finetune.join(a, b, length) == expected[0] + expected[1]
+        assert join(a, b, length) == expected[0] + expected[1]
 
 
 def test_measures_equal_their_formulas():
@@ -97,16 +98,16 @@ def test_measures_equal_their_formulas():
         labels, guess = (rng.random(200) < 0.4).astype(int), (rng.random(200) < bias).astype(int)
         tp, tn = int((labels & guess).sum()), int(((1 - labels) & (1 - guess)).sum())
         fp, fn = int(guess.sum()) - tp, int(labels.sum()) - tp
-        found = finetune.measure(labels, guess, 2)
+        found = measure(labels, guess, 2)
         assert found["accuracy"] == pytest.approx((tp + tn) / 2)
         assert found["f1"] == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn))
         mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         assert found["mcc"] == pytest.approx(100 * mcc)
-    always = finetune.measure(labels, np.ones(200, int), 2)  # one class always: Matthews correlation is 0 by convention
+    always = measure(labels, np.ones(200, int), 2)  # one class always: Matthews correlation is 0 by convention
     assert always["mcc"] == 0 and always["accuracy"] == pytest.approx(labels.mean() * 100)
-    perfect = finetune.measure(np.array([0, 1, 2]), np.array([0, 1, 2]), 3)
+    perfect = measure(np.array([0, 1, 2]), np.array([0, 1, 2]), 3)
     assert perfect == pytest.approx(dict(accuracy=100, f1=100, mcc=100))
-    assert finetune.measure(np.array([0, 1]), np.array([0, 0]), 2)["f1"] == 0
+    assert measure(np.array([0, 1]), np.array([0, 0]), 2)["f1"] == 0
 
 
 def test_an_epoch_has_each_item_once_in_a_new_order():
@@ -270,7 +271,7 @@ def test_the_macro_average_names_what_is_missing(run, glue, capsys):
     eleven = blimp | {"kind": "ewok", "accuracy": {"causal": 60.0}, "subsets": dict.fromkeys("abcdefghijk", {})}
     (run / "eval_more_10.json").write_text(json.dumps(whole | {"tasks": {"supplement": five, "ewok": eleven}}))
     (run / "eval_blimp_filtered_100.json").write_text(json.dumps(whole | {"step": 100}).replace("70.0", "99.0"))
-    assert "macro average 55.0" in finetune.four_parts(run, 10, 40.0)  # not with the score of step 100
+    assert "macro average 55.0" in four_parts(run, 10, 40.0)  # not with the score of step 100
 
 
 BAD = [

@@ -34,6 +34,7 @@ import schedule
 import train
 from antlm.checkpoint import digest, load_checkpoint, load_model, load_run
 from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer
+from babylm.tasks import read_tasks
 from config import UserError
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -395,7 +396,7 @@ def test_evaluation_files(tmp_path, tok):
 
     def read(task: Path, protocol: str):
         with contextlib.redirect_stderr(io.StringIO()):
-            return evaluation.read_tasks(str(task), protocol=protocol)
+            return read_tasks(str(task), protocol=protocol)
 
     @fuzz(300)
     @hypothesis.given(file(), st.sampled_from(["2025", "2024"]), st.sampled_from(BOUNDARIES))

@@ -27,7 +27,8 @@ import eval as evaluation  # noqa: E402
 import prepare
 from antlm.checkpoint import checkpoints, load_checkpoint, load_run, save_checkpoint  # noqa: E402
 from antlm.tokenizer import END, MASK, PAD, START, Tokenizer, save_tokenizer, train_bpe  # noqa: E402
-from model import ModelConfig, Transformer, generate  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from sample import generate  # noqa: E402
 from train import Settings  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

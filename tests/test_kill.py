@@ -1,6 +1,6 @@
 """Runs that are killed, damaged, starved of disk, or started twice. Alone: python -m pytest tests/test_kill.py
 
-The long form of the first test: python tools/kill.py --kills 50
+The long form of the first test: python tests/kill.py --kills 50
 """
 
 import json

@@ -29,14 +29,8 @@ from antlm.checkpoint import (
 )
 from antlm.ops import IGNORE, VocabularyLoss, dropout
 from config import UserError
-from model import (
-    ModelConfig,
-    Transformer,
-    attend,
-    generate,
-    position_buckets,
-    position_scores,
-)
+from model import ModelConfig, Transformer, attend, position_buckets, position_scores
+from sample import generate
 
 HERE = Path(__file__).parent
 BACKBONES = ("babyllama", "ltg_bert")

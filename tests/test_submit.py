@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
+from babylm import submit
+from babylm.results import read_result, write_result
+from babylm.tasks import fingerprint, read_tasks
 from config import UserError
-from tools import submit
 
 ROOT = Path(__file__).parent.parent
 MODES = ("causal", "masked")
@@ -52,19 +54,19 @@ def scored(tmp_path_factory) -> Path:
         path.mkdir(parents=True)
         for file, n in files.items():
             (path / f"{file}.jsonl").write_text("".join(json.dumps(record(task, file, i)) + "\n" for i in range(n)))
-        items = evaluation.read_tasks(path)
+        items = read_tasks(path)
         rng = random.Random(1)
         scores = {mode: [[-rng.random() for _ in item.options] for item in items] for mode in MODES}
         if task == "blimp_filtered":
             scores["causal"][0] = [-3.0, -3.0]
-        result = {"kind": items[0].kind, "options_sha256": evaluation.fingerprint(items)}
+        result = {"kind": items[0].kind, "options_sha256": fingerprint(items)}
         result |= evaluation.summarize(items, scores)
         for protocol, name in (("2025", f"eval_{task}_10.json"), ("2024", f"eval_{task}_10_2024.json")):
-            evaluation.write_result(run / name, {
+            write_result(run / name, {
                 "step": 10, "partial": False, "protocol": protocol, "modes": list(MODES), "task": str(path), "tasks": {task: result}})
     rng = random.Random(2)
     tasks = {task: {"seeds": {"12": {"predictions": [rng.randint(0, 1) for _ in range(n)]}}} for task, n in GLUE.items()}
-    evaluation.write_result(run / "glue_10.json", {"step": 10, "tasks": tasks})
+    write_result(run / "glue_10.json", {"step": 10, "tasks": tasks})
     return folder
 
 
@@ -94,7 +96,7 @@ def test_2024_holds_every_subtask_with_the_chosen_continuations(scored, tmp_path
     assert found["blimp"]["phenomenon_0"]["predictions"][0]["pred"] == " Bad phenomenon_0 0."  # a tie earns nothing by its place
 
     # score_predictions.py compares strings with the right one, stripped and lower-cased: that must give our accuracy.
-    result = evaluation.read_result(scored / "run" / "eval_ewok_filtered_10.json")["tasks"]["ewok_filtered"]
+    result = read_result(scored / "run" / "eval_ewok_filtered_10.json")["tasks"]["ewok_filtered"]
     for domain, sub in found["ewok"].items():
         right = sum(p["pred"].strip().lower() == f"right {i}" for i, p in enumerate(sub["predictions"]))
         assert 100 * right / len(sub["predictions"]) == pytest.approx(result["subsets"][domain]["accuracy"]["causal"])
@@ -146,35 +148,35 @@ def test_what_is_missing_is_named_and_nothing_is_written(scored, tmp_path, call)
 
 def test_wrong_counts_and_changed_data_are_refused(scored, tmp_path, call):
     run = copy_results(scored, tmp_path / "run", "supplement")
-    result = evaluation.read_result(scored / "run" / "eval_supplement_filtered_10_2024.json")
+    result = read_result(scored / "run" / "eval_supplement_filtered_10_2024.json")
     source, short = Path(result["task"]), tmp_path / "supplement_filtered"
     short.mkdir()
     for file in source.glob("*.jsonl"):
         lines = file.read_text().splitlines(keepends=True)
         (short / file.name).write_text("".join(lines[file.stem == "hypernym":]))
-    evaluation.write_result(run / "eval_supplement_filtered_10_2024.json", result | {"task": str(short)})
+    write_result(run / "eval_supplement_filtered_10_2024.json", result | {"task": str(short)})
     code, _, err = call(run, "--year=2024", "--mode=causal", "--out", tmp_path / "s")
     assert code == 1 and "no longer holds the items" in err and len(err.splitlines()) == 1
-    items = evaluation.read_tasks(short)
+    items = read_tasks(short)
     scores = {mode: [[0.0, -1.0] for _ in items] for mode in MODES}
-    task = {"kind": "blimp", "options_sha256": evaluation.fingerprint(items)} | evaluation.summarize(items, scores)
-    evaluation.write_result(run / "eval_supplement_filtered_10_2024.json",
+    task = {"kind": "blimp", "options_sha256": fingerprint(items)} | evaluation.summarize(items, scores)
+    write_result(run / "eval_supplement_filtered_10_2024.json",
                             result | {"task": str(short), "tasks": {"supplement_filtered": task}})
     code, _, err = call(run, "--year=2024", "--mode=causal", "--out", tmp_path / "s")
     assert code == 1 and "blimp_supplement has 841 hypernym where the challenge has 842" in err
-    evaluation.write_result(run / "glue_10.json", {"step": 10, "tasks": {"boolq": {"seeds": {"12": {"predictions": [1]}}}}})
+    write_result(run / "glue_10.json", {"step": 10, "tasks": {"boolq": {"seeds": {"12": {"predictions": [1]}}}}})
     run = copy_results(scored, tmp_path / "run2")
-    evaluation.write_result(run / "glue_10.json", {"step": 10, "tasks": {"boolq": {"seeds": {"12": {"predictions": [1]}}}}})
+    write_result(run / "glue_10.json", {"step": 10, "tasks": {"boolq": {"seeds": {"12": {"predictions": [1]}}}}})
     code, _, err = call(run, "--year=2025", "--mode=causal", "--out", tmp_path / "s")
     assert code == 1 and "boolq has 1 predictions where the challenge has 1,635" in err
 
 
 def test_a_smaller_set_or_another_protocol_does_not_stand_for_the_whole(scored, tmp_path, call):
     run = copy_results(scored, tmp_path / "run", "_2024")
-    whole = evaluation.read_result(run / "eval_ewok_filtered_10.json")
-    few = [item for item in evaluation.read_tasks(whole["task"]) if item.subset == "agent-properties"][:100]
+    whole = read_result(run / "eval_ewok_filtered_10.json")
+    few = [item for item in read_tasks(whole["task"]) if item.subset == "agent-properties"][:100]
     fast = {"kind": "ewok", "options_sha256": "", **evaluation.summarize(few, {mode: [[0.0, -1.0]] * 100 for mode in MODES})}
-    evaluation.write_result(run / "eval_fast_eval_10.json", whole | {"tasks": {"ewok_fast": fast}})  # newer, and passed over
+    write_result(run / "eval_fast_eval_10.json", whole | {"tasks": {"ewok_fast": fast}})  # newer, and passed over
     code, _, err = call(run, "--year=2025", "--mode=causal", "--out", tmp_path / "s")
     assert code == 0, err
     (run / "eval_ewok_filtered_10.json").unlink()
@@ -186,7 +188,7 @@ def test_a_smaller_set_or_another_protocol_does_not_stand_for_the_whole(scored, 
 
 def test_an_empty_run_and_a_bad_name_are_refused(tmp_path, call):
     assert call(tmp_path, "--year=2024", "--mode=causal", "--name=a.b", "--out", tmp_path / "s")[2].startswith("--name a.b")
-    done = subprocess.run([sys.executable, "tools/submit.py", tmp_path, "--year=2024", "--mode=causal", "--out", tmp_path / "s"],
+    done = subprocess.run([sys.executable, "-m", "babylm.submit", tmp_path, "--year=2024", "--mode=causal", "--out", tmp_path / "s"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "holds no result" in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -36,6 +36,7 @@ from antlm.distributed import Processes
 from antlm.ops import IGNORE
 from antlm.optim import make_optimizers, update
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
+from babylm.tasks import read_tasks
 from config import UserError
 from data import Batches
 from model import Transformer
@@ -288,7 +289,7 @@ def plain_scores(model: Transformer, ids: list[np.ndarray], mode: str, batch: in
 
 def bench_scoring(a, device: str):
     torch.set_num_threads(a.threads)
-    items = evaluation.read_tasks(a.scoring, a.limit)
+    items = read_tasks(a.scoring, a.limit)
     texts = list(dict.fromkeys(option for item in items for option in item.options))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {a.threads} threads"
     print(f"{name}, torch {torch.__version__}, float32, {len(items):,} pairs of {a.scoring}, median of {a.rounds} rounds")

@@ -38,9 +38,12 @@ import torch
 import config
 import finetune
 from antlm.checkpoint import FREE, checkpoints
+from babylm.glue import find
+from babylm.results import read_result, write_result
+from babylm.tasks import fingerprint, read_tasks
 from config import UserError
 from data import Batches, Corpus
-from eval import MODES, fingerprint, read_result, read_tasks, result_name, write_result
+from eval import MODES, result_name
 from prepare import text_files
 from schedule import parse
 from train import Settings
@@ -477,7 +480,7 @@ def main(argv: list[str]) -> int:
     if spec.glue and not spec.table:
         for name, own in config.load(finetune.Settings, glue_flags(spec)).by_task().items():
             for split in ("valid", *["train*"] * (name != "mnli-mm")):
-                finetune.find(own, f"{name}.{split}.jsonl")
+                find(own, f"{name}.{split}.jsonl")
     corpus, what = open_corpus(spec)
     runs = plan(spec, corpus)
     report(spec, runs, what)

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from antlm.checkpoint import checkpoints, load_run
 from antlm.files import json_write
 from antlm.tokenizer import PAD, Tokenizer, tokenizer_json
+from babylm.results import read_result
 from config import UserError
-from eval import read_result
 from model import ModelConfig, Transformer
 from schedule import WORD_MARKS
 from train import Settings

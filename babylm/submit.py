@@ -1,7 +1,7 @@
 """The files that the BabyLM challenge takes, from the results of eval.py and finetune.py in a run folder.
 
-    python tools/submit.py runs/babyllama --year 2024 --mode causal --out submission    # one .json.gz
-    python tools/submit.py runs/babyllama --year 2025 --mode masked --out submission    # a tree for collate_preds.py
+    python -m babylm.submit runs/babyllama --year 2024 --mode causal --out submission    # one .json.gz
+    python -m babylm.submit runs/babyllama --year 2025 --mode masked --out submission    # a tree for collate_preds.py
 
 Everything is checked before the first byte is written: that each part is scored whole, by the same checkpoint, on the
 sets with the challenge's counts. Formats: collect_results.py of evaluation-pipeline-2024; sentence_zero_shot and
@@ -16,11 +16,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-
+from babylm.results import read_result
+from babylm.tasks import Item, fingerprint, read_tasks
 from config import UserError
-from eval import Item, fingerprint, read_result, read_tasks
 
 # Items by subset, as collate_preds.py of 2025 asserts them; of BLiMP's 67 files and entity tracking's splits the sums.
 SUPPLEMENT = dict(hypernym=842, qa_congruence_easy=64, qa_congruence_tricky=165, subject_aux_inversion=3867, turn_taking=280)

@@ -1,7 +1,7 @@
 """Kill training at random moments, resume it, and compare the result with that of a run that was never killed.
 
-    python tools/kill.py --kills 50                          # both backbones; some 4 minutes on one CPU core
-    python tools/kill.py --kills 20 --backbones ltg_bert --seed 7
+    python tests/kill.py --kills 50                          # both backbones; some 4 minutes on one CPU core
+    python tests/kill.py --kills 20 --backbones ltg_bert --seed 7
 
 train.py runs as a process of its own on a small corpus made here, in causal, masked and mixed phases with
 accumulation, dropout and evaluation, saves after every step, and dies by SIGKILL: while it starts, while it trains,
