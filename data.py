@@ -1,59 +1,83 @@
-"""Token file -> batches for every objective. No torch."""
+"""Token files, and the batches of every objective made from them.
+
+A batch is made in two steps. Batches.rows says WHICH tokens stand in a row: a function of seed,
+epoch, step and row alone, so that a resumed run and one of any number of processes see the same.
+An objective says WHAT IS ASKED of them: which tokens are hidden, and what is to be predicted where.
+
+In comments and docstrings: R rows, T tokens a row (block_size), K positions a row that go through
+the vocabulary head (slots).
+"""
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from antlm.tokenizer import BOUNDARIES, MASK, SPECIAL, Tokenizer
-from config import UserError
+from antlm import IGNORE
+from antlm.tokenizer import MASK, SPECIAL, Tokenizer
+from config import UserError, require
+from schedule import Phase, parse
 
 
 class Corpus:
-    """A folder of prepare.py, opened and checked against its meta.json; train and dev are read-only arrays of ids."""
+    """The token files that prepare.py made of a text, checked against its meta.json.
+
+    train, dev: token ids as read-only arrays, on disk until they are used
+    Raises UserError that names the file which is missing, cut short or of another tokenizer.
+    """
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.boundary, self.tokenizer = self.meta["boundary"], Tokenizer(self.folder / "tokenizer.json")
+            self.boundary = self.meta["boundary"]
+            self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
             self.vocab_size = self.tokenizer.vocab_size
-            self.check(self.folder / "tokenizer.json", self.meta, format=1, special=SPECIAL, vocab_size=self.vocab_size,
-                       tokenizer_sha256=self.tokenizer.sha256)
-            if self.boundary not in BOUNDARIES:
-                raise ValueError(f"boundary {ascii(self.boundary)[:60]}")
-            self.train, self.dev = self.open("train"), self.open("dev")
-        except OSError as e:
-            raise UserError(f"{e.filename or self.folder}: cannot be read ({e.strerror}); prepare.py writes it") from None
-        except (ValueError, LookupError, TypeError, RecursionError) as e:
-            raise UserError(f"{self.folder}/meta.json: not written by prepare.py ({type(e).__name__}: {e})") from None
-
-    def check(self, path: Path, stated: dict, **found):
-        for name, value in found.items():
-            if stated[name] != value:
-                raise UserError(f"{path}: {name} is {value}, but {ascii(stated[name])[:70]} in meta.json; "
-                                "prepare the corpus again with prepare.py")
+            self.compare("tokenizer.json", self.tokenizer.sha256, self.meta["tokenizer_sha256"])
+            self.train = self.open("train")
+            self.dev = self.open("dev")
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.folder}/meta.json: not written by prepare.py ({error})"
+            ) from None
 
     def open(self, split: str) -> np.ndarray:
-        stats, path, dtype = self.meta[split], self.folder / f"{split}.bin", self.tokenizer.dtype
-        with open(path, "rb") as f:
-            self.check(path, stats, file=path.name, dtype=dtype.name, tokens=path.stat().st_size / dtype.itemsize,
-                       sha256=hashlib.file_digest(f, "sha256").hexdigest())
-        ids = np.memmap(path, dtype, mode="r")
-        self.check(path, stats, max_id=int(ids.max()))
-        if stats["max_id"] >= self.vocab_size:
-            raise UserError(f"{path}: token {stats['max_id']} in a vocabulary of {self.vocab_size}; prepare it again")
-        if type(stats["words"]) is not int or not 0 < stats["words"] <= len(ids):
-            raise ValueError(f"{split}: words {ascii(stats['words'])[:60]}")
+        """Map a token file into memory, after a check of its bytes."""
+        path = self.folder / f"{split}.bin"
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.compare(path.name, sha256, self.meta[split]["sha256"])
+        ids = np.memmap(path, self.tokenizer.dtype, mode="r")
+        self.compare(path.name, len(ids), self.meta[split]["tokens"])
         return ids
+
+    def compare(self, file: str, value, stated):
+        require(
+            value == stated,
+            f"{self.folder / file}: {value} does not match {stated} in meta.json; "
+            "prepare the corpus again with prepare.py",
+        )
+
+
+# ------------------------------------------------------------------------------------- randomness
 
 
 def hash64(*keys) -> np.ndarray:
-    """Mix whole numbers or arrays of them (broadcast) into 64 random bits each (splitmix64, Steele et al. 2014).
+    """Mix whole numbers, or arrays of them, into 64 random bits each.
 
-    The only source of randomness in training data: a function of position, so a resumed run and one of any number of
-    processes see the same batches, and no generator has a state to save.
+    The only source of randomness in training data: a function of position, not of history, so no
+    generator has a state to save.
+    keys: broadcast against each other
+    Source: splitmix64 (Steele et al. 2014).
     """
     h = np.zeros(1, np.uint64)
     for key in keys:
@@ -65,70 +89,332 @@ def hash64(*keys) -> np.ndarray:
 
 
 def uniform(h: np.ndarray) -> np.ndarray:
-    return (h >> np.uint64(11)) * 2.0 ** -53
+    """Turn hashes into floating-point numbers in [0, 1)."""
+    return (h >> np.uint64(11)) * 2.0**-53
 
 
-ORDER, OFFSET, SPAN, CHOICE, KIND, TOKEN, DROPOUT = range(7)  # what a hash is for
+# What a hash is for. The numbers are part of every result: a new purpose gets a new number.
+ORDER = 0  # of the rows of an epoch
+OFFSET = 1  # where an epoch's first row begins
+SPAN = 2  # where spans of hidden tokens begin
+CHOICE = 3  # which spans are hidden
+KIND = 4  # mask, random token or left as it is
+TOKEN = 5  # the random token
+DROPOUT = 6  # the generator of a forward pass
+
+
+def dropout_seed(seed: int, step: int, objective: "Objective", index: int) -> int:
+    """Return the seed of a forward pass's dropout: a function of position, too."""
+    return int(hash64(seed, DROPOUT, step, objective.seed, index)[0] >> np.uint64(1))
+
+
+# -------------------------------------------------------------------------- what is asked of a row
+
+
+@dataclass
+class Rows:
+    """Rows of one optimizer step, before anything is asked of them.
+
+    tokens, following: (R, T) the token at each position and the one after it
+    inside: (R, T) False past the end of the epoch, where nothing is scored
+    number: (R, 1) the row's number in the text, which seeds what is hidden in it
+    place: (R,) the row's place in the step, which deals out how many tokens it hides
+    """
+
+    tokens: np.ndarray
+    following: np.ndarray
+    inside: np.ndarray
+    number: np.ndarray
+    place: np.ndarray
+    seed: int
+    epoch: int
+
+    def random(self, purpose: int, key: np.ndarray) -> np.ndarray:
+        """Return random bits of (seed, epoch, row, purpose, key)."""
+        return hash64(self.seed, self.epoch, self.number, purpose, key)
+
+
+@dataclass
+class Hiding:
+    """How an objective is to hide tokens.
+
+    rate: share of tokens that are hidden
+    span: mean length in tokens of what is hidden at once
+    slots: K, at most so many tokens of a row are hidden
+    """
+
+    rate: float
+    span: float
+    slots: int
+    vocab_size: int
+
+
+@dataclass
+class Batch:
+    """Rows as the model takes them; every field is an argument of Transformer.forward.
+
+    tokens, targets: (R, T) int64, aligned; a target of IGNORE is not scored
+    scored: (R, K) positions that go through the vocabulary head; None: all
+    weights: (R, T) float32 factor of each target's loss; None: all count alike
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    scored: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    @property
+    def n_scored(self) -> int:
+        """Number of targets that are scored: what the summed loss is divided by."""
+        return int((self.targets != IGNORE).sum())
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the fields that are not None as tensors on a device, by name."""
+        tensors = {}
+        for field in fields(self):
+            array = getattr(self, field.name)
+            if array is None:
+                continue
+            tensor = torch.from_numpy(array)
+            if device.type == "cuda":
+                # from pinned memory the copy runs while the GPU still computes
+                tensor = tensor.pin_memory()
+            tensors[field.name] = tensor.to(device, non_blocking=True)
+        return tensors
+
+
+def clm(rows: Rows, hiding: Hiding) -> Batch:
+    """Causal language modelling: predict the next token. Nothing is hidden, all is scored."""
+    return Batch(rows.tokens, np.where(rows.inside, rows.following, IGNORE))
+
+
+def mlm(rows: Rows, hiding: Hiding) -> Batch:
+    """Masked language modelling: predict each hidden token where it stood (BERT, section 3.1)."""
+    tokens, position, original, hidden = hide_tokens(rows, hiding)
+    return Batch(tokens, place_targets(rows, position, original, hidden), scored=position)
+
+
+def mntp(rows: Rows, hiding: Hiding) -> Batch:
+    """Masked next-token prediction: predict each hidden token one position before it stood.
+
+    Source: BehnamGhader et al. 2024 (LLM2Vec), section 2.1.
+    """
+    # a row's first token has no position before it, so it is never hidden
+    tokens, position, original, hidden = hide_tokens(rows, hiding, first=1)
+    before = (position - 1) % rows.tokens.shape[1]  # the modulo moves only slots that hide nothing
+    return Batch(tokens, place_targets(rows, before, original, hidden), scored=before)
+
+
+class Objective(NamedTuple):
+    """What training asks of the rows.
+
+    build: makes the batch
+    causal: whether a position sees only those before it
+    mode: how eval.py asks a model that was trained with it: causal, masked or mntp
+    max_rate: largest share of a row that it hides; None: the run's mask_start and mask_end
+    seed: a number of its own, from which its dropout follows; never reused or changed
+    """
+
+    build: Callable[[Rows, Hiding], Batch]
+    causal: bool
+    mode: str
+    max_rate: float | None
+    seed: int
+
+
+# An objective is one function above and one row here. Nothing else anywhere knows them by name.
+OBJECTIVES = {
+    "CLM": Objective(clm, causal=True, mode="causal", max_rate=0.0, seed=0),
+    "MLM": Objective(mlm, causal=False, mode="masked", max_rate=None, seed=1),
+    "MNTP": Objective(mntp, causal=False, mode="mntp", max_rate=None, seed=2),
+}
+
+
+def find_objectives(schedule: str, path: Path | str) -> list[str]:
+    """Return the names of the objectives in a schedule, in the order in which they occur.
+
+    path: the checkpoint or file that the schedule stands in
+    Raises UserError that names it where OBJECTIVES lacks one.
+    """
+    names = []
+    for phase in parse(schedule):
+        names += phase.objectives
+    for name in names:
+        known = ", ".join(OBJECTIVES)
+        require(name in OBJECTIVES, f"{path}: schedule: {name!r} is not one of {known} (data.py)")
+    return list(dict.fromkeys(names))
+
+
+def hide_tokens(rows: Rows, hiding: Hiding, first: int = 0):
+    """Hide a share of the tokens of each row, never special ones nor those before `first`.
+
+    Returns tokens (R, T) as the model sees them and, for each of the K slots (R, K): the position,
+    the token that stood there and whether the slot is in use.
+    """
+    T = rows.tokens.shape[1]
+    position = np.arange(T)
+
+    # cut the row into spans: each position opens a new one with probability 1 / span, which makes
+    # their lengths geometric, as in ltg-bert; with span 1 every token is one
+    opens = uniform(rows.random(SPAN, position)) < 1 / hiding.span
+    span_start = np.maximum.accumulate(np.where(opens, position, 0), axis=1)  # (R, T)
+
+    # shuffle the spans and take tokens in that order; those that must not be hidden come last
+    hideable = rows.inside & (rows.tokens >= len(SPECIAL)) & (position >= first)
+    rank = rows.random(CHOICE, span_start) >> np.uint64(1)
+    rank = np.where(hideable, rank, np.uint64(1 << 63))
+    chosen = np.argsort(rank, axis=1, kind="stable")[:, : hiding.slots]  # (R, K)
+
+    # row r hides so many that rows 0 to r together hide floor((r + 1) * rate * T): every step then
+    # hides the same number of tokens, and the shapes behind the vocabulary head are static
+    n_hidden = np.floor((rows.place + 1) * (hiding.rate * T))
+    n_hidden -= np.floor(rows.place * (hiding.rate * T))
+    assert n_hidden.max(initial=0) <= hiding.slots, "an objective hides more than its max_rate"
+    hidden = np.arange(hiding.slots) < n_hidden[:, None]
+    hidden &= np.take_along_axis(hideable, chosen, axis=1)
+
+    # 80% become <mask>; 10% become a random token and 10% stay as they are, because <mask> never
+    # occurs when the model is used: it has to keep an opinion about every token that it sees
+    original = np.take_along_axis(rows.tokens, chosen, axis=1)
+    kind = uniform(rows.random(KIND, np.take_along_axis(span_start, chosen, axis=1)))
+    n_ordinary = np.uint64(hiding.vocab_size - len(SPECIAL))
+    random = len(SPECIAL) + (rows.random(TOKEN, chosen) % n_ordinary).astype(np.int64)
+    shown = np.where(kind < 0.8, MASK, np.where(kind < 0.9, random, original))
+
+    tokens = rows.tokens.copy()
+    np.put_along_axis(tokens, chosen, np.where(hidden, shown, original), axis=1)
+    return tokens, chosen, original, hidden
+
+
+def place_targets(rows: Rows, position: np.ndarray, original: np.ndarray, hidden: np.ndarray):
+    """Return targets (R, T): the original token at the position of every slot that is in use."""
+    targets = np.full_like(rows.tokens, IGNORE)
+    row, slot = np.nonzero(hidden)
+    targets[row, position[row, slot]] = original[row, slot]
+    return targets
+
+
+# ------------------------------------------------------------------------------------ which tokens
+
+
+@dataclass
+class MicroBatch:
+    """The rows of one forward pass of one process.
+
+    index: its number among the parts of its objective in the step, over all processes
+    n_scored: number of targets that are scored
+    """
+
+    objective: str
+    index: int
+    batch: Batch
+    n_scored: int
 
 
 class Batches:
-    """Token-level CLM, MLM and MNTP batches from an array of ids, in an order that is a function of (seed, epoch).
+    """Batches of any objective from an array of token ids.
 
-    An epoch cuts the ids, read as a ring, into rows of block_size from a new offset, in a new order; each token is
-    scored (CLM) or may be hidden (MLM, MNTP) once. slots: positions per row that go through the vocabulary head of a
-    masked objective, at least the largest mask rate times block_size. span: mean length of what is hidden at once,
-    1 for single tokens, 3 for the geometric spans of ltg-bert (Samuel et al. 2023).
+    An epoch reads the ids as a ring and cuts them into rows of block_size from a new offset, in a
+    new order: it sees every token once.
+    max_mask_rate: the largest mask_rate that batch() will be asked for
+    mask_span: mean length of what is hidden at once, 1 for single tokens, 3 as in ltg-bert
     """
 
-    def __init__(self, ids: np.ndarray, vocab_size: int, block_size: int, batch_rows: int, seed: int,
-                 slots: int, span: float = 1.0):
-        self.ids, self.vocab_size, self.T, self.batch_rows, self.seed = ids, vocab_size, block_size, batch_rows, seed
-        self.slots, self.span = slots, span
-        self.n_rows = -(-len(ids) // block_size)
-        self.steps_per_epoch = -(-self.n_rows // batch_rows)
-        self.ordered = -1, None
+    def __init__(
+        self,
+        ids: np.ndarray,
+        vocab_size: int,
+        block_size: int,
+        batch_rows: int,
+        seed: int,
+        max_mask_rate: float = 0.15,
+        mask_span: float = 1.0,
+    ):
+        self.ids = ids
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.batch_rows = batch_rows
+        self.seed = seed
+        self.max_mask_rate = max_mask_rate
+        self.mask_span = mask_span
+        self.n_rows = math.ceil(len(ids) / block_size)
+        self.steps_per_epoch = math.ceil(self.n_rows / batch_rows)
+        self.order_epoch = None  # of which epoch self.order_rows is the order
+        self.order_rows = None
 
     def order(self, epoch: int) -> np.ndarray:
-        if self.ordered[0] != epoch:
-            self.ordered = epoch, np.argsort(hash64(self.seed, ORDER, epoch, np.arange(self.n_rows)), kind="stable")
-        return self.ordered[1]
+        """Return the rows' numbers in the order of an epoch, (n_rows,)."""
+        if self.order_epoch != epoch:
+            rank = hash64(self.seed, ORDER, epoch, np.arange(self.n_rows))
+            self.order_rows = np.argsort(rank, kind="stable")
+            self.order_epoch = epoch
+        return self.order_rows
 
-    def batch(self, objective: str, epoch: int, step: int, rows: np.ndarray, mask_rate: float):
-        """Rows of one optimizer step -> tokens, targets (R, T) and, for a masked objective, scored (R, slots).
+    def slots(self, objective: str) -> int:
+        """K of an objective: how many positions of a row may be hidden, at most."""
+        rate = OBJECTIVES[objective].max_rate
+        if rate is None:
+            rate = self.max_mask_rate
+        return math.ceil(rate * self.block_size)
 
-        rows: numbers below batch_rows, from which rank and micro-batch take their share; -1 and those past the end of
-        the epoch come back unscored. targets are aligned with tokens, -100 where nothing is scored; all int64. scored
-        names the positions whose target may be scored. With N rows in the step, floor(N * mask_rate * T) tokens are
-        hidden whatever the text, unless a row has too few that are not special.
+    def rows(self, epoch: int, step: int, place: np.ndarray) -> Rows:
+        """Return the tokens of rows of an optimizer step.
+
+        place: (R,) numbers below batch_rows; -1 gives a row in which nothing is scored
         """
-        T, t = self.T, np.arange(self.T)
-        place = step * self.batch_rows + rows
-        chunk = self.order(epoch)[np.minimum(place, self.n_rows - 1)][:, None]  # (R, 1)
-        at = chunk * T + t  # (R, T), counted from this epoch's offset
-        inside = (at < len(self.ids)) & ((place < self.n_rows) & (rows >= 0))[:, None]
+        number = step * self.batch_rows + place  # in the epoch
+        exists = (number < self.n_rows) & (place >= 0)
+        number = self.order(epoch)[np.minimum(number, self.n_rows - 1)][:, None]  # in the text
+
+        # positions count from this epoch's offset, and run on at the beginning of the text
+        position = number * self.block_size + np.arange(self.block_size)
+        inside = (position < len(self.ids)) & exists[:, None]
         offset = int(hash64(self.seed, OFFSET, epoch)[0] % np.uint64(len(self.ids)))
-        tokens = self.ids[(at + offset) % len(self.ids)].astype(np.int64)
-        if objective == "CLM":
-            return tokens, np.where(inside, self.ids[(at + offset + 1) % len(self.ids)].astype(np.int64), -100), None
+        tokens = self.ids[(position + offset) % len(self.ids)].astype(np.int64)
+        following = self.ids[(position + offset + 1) % len(self.ids)].astype(np.int64)
+        return Rows(tokens, following, inside, number, place, self.seed, epoch)
 
-        key = (self.seed, epoch, chunk)
-        shift = objective == "MNTP"  # the row's first token has no position before it
-        eligible = inside & (tokens >= len(SPECIAL)) & (t >= shift)
-        opens = uniform(hash64(*key, SPAN, t)) < 1 / self.span
-        span = np.maximum.accumulate(np.where(opens, t, 0), axis=1)  # (R, T): where its span began
-        # Whole spans in random order, tokens that may not be hidden last; the span at the edge is cut to the count.
-        rank = np.where(eligible, hash64(*key, CHOICE, span) >> np.uint64(1), np.uint64(1 << 63))
-        picked = np.argsort(rank, axis=1, kind="stable")[:, :self.slots]  # (R, slots)
-        want = np.floor((rows + 1) * (mask_rate * T)) - np.floor(rows * (mask_rate * T))
-        hide = (np.arange(self.slots) < want[:, None]) & np.take_along_axis(eligible, picked, 1)
+    def batch(
+        self, objective: str, epoch: int, step: int, place: np.ndarray, mask_rate: float
+    ) -> Batch:
+        """Return rows of an optimizer step with what an objective asks of them.
 
-        original = np.take_along_axis(tokens, picked, 1)
-        kind = uniform(hash64(*key, KIND, np.take_along_axis(span, picked, 1)))  # one kind for a span
-        random = len(SPECIAL) + hash64(*key, TOKEN, picked) % np.uint64(self.vocab_size - len(SPECIAL))
-        shown = np.where(kind < 0.8, MASK, np.where(kind < 0.9, random.astype(np.int64), original))  # BERT: 80/10/10
-        np.put_along_axis(tokens, picked, np.where(hide, shown, original), 1)
-        scored = (picked - shift) % T  # the modulo only moves fillers, no row's first token is hidden
-        targets = np.full_like(tokens, -100)
-        r, s = np.nonzero(hide)
-        targets[r, scored[r, s]] = original[r, s]
-        return tokens, targets, scored
+        Nothing is scored in rows past the end of the epoch and in those whose place is -1. With N
+        rows in the step, floor(N * mask_rate * T) tokens are hidden whatever the text, unless a
+        row has too few that are not special.
+        """
+        hiding = Hiding(mask_rate, self.mask_span, self.slots(objective), self.vocab_size)
+        return OBJECTIVES[objective].build(self.rows(epoch, step, place), hiding)
+
+    def micro_batches(
+        self,
+        phase: Phase,
+        epoch: int,
+        step: int,
+        mask_rate: float,
+        micro_rows: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> list[MicroBatch]:
+        """Cut an optimizer step into forward passes and return those of process `rank` of `world`.
+
+        Each objective's rows are cut into equal parts of at most micro_rows, as many for every
+        process, because DDP waits until all have made equally many backward passes; rows of
+        place -1 fill the last parts up.
+        """
+        parts = []  # of all processes: objective, index, places
+        start = 0
+        for objective, n_rows in phase.split_rows(self.batch_rows).items():
+            n_parts = math.ceil(n_rows / (micro_rows * world)) * world
+            size = math.ceil(n_rows / n_parts)
+            places = np.full(n_parts * size, -1)
+            places[:n_rows] = np.arange(start, start + n_rows)
+            for index, part in enumerate(places.reshape(n_parts, size)):
+                parts.append((objective, index, part))
+            start += n_rows
+
+        micro_batches = []
+        for objective, index, part in parts[rank::world]:
+            batch = self.batch(objective, epoch, step, part, mask_rate)
+            micro_batches.append(MicroBatch(objective, index, batch, batch.n_scored))
+        return micro_batches

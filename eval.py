@@ -17,7 +17,7 @@ import tiktoken
 import torch
 
 from antlm.checkpoint import load_run
-from antlm.distributed import pick_device
+from antlm.distributed import find_device
 from antlm.files import Progress
 from antlm.tokenizer import MASK, SPECIAL, START, Tokenizer
 from babylm.results import write_result
@@ -260,8 +260,9 @@ def evaluate(args):
     if not args.task and args.sample is None:
         raise UserError("nothing to do; give --task PATH or --sample TEXT")
     items = read_tasks(args.task, args.limit, args.protocol) if args.task else []
-    device = pick_device(args.device)
-    path, content, model, tokenizer = load_run(args.run, device)
+    device = str(find_device(args.device))
+    run = load_run(args.run, device)
+    path, content, model, tokenizer = run.path, run.content, run.model, run.tokenizer
     schedule, block_size = content["settings"]["schedule"], content["settings"]["block_size"]
     trained = {MODES[name] for phase in parse(schedule) for name, _ in phase.mix}
     print(f"{path}: step {content['step']} of {schedule}, {model.config.backbone}; {args.dtype} on {device}"

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
-from antlm.checkpoint import digest, load_run
-from antlm.distributed import pick_device
+from antlm.checkpoint import file_sha256, load_run
+from antlm.distributed import find_device
 from antlm.tokenizer import PAD
 from babylm.glue import TASKS, find, four_parts, measure, read_split
 from babylm.results import read_result, write_result
 from config import UserError
-from data import hash64
-from model import Transformer, bare_norm
-from schedule import OBJECTIVES, parse
+from data import OBJECTIVES, hash64
+from model import Transformer, bare_norm, build_mask
+from schedule import parse
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Settings:
 
     def resolve(self, schedule: str) -> "Settings":
         """These settings with nothing left on auto that follows from the schedule that the model was trained with."""
-        learnt_causal = all(OBJECTIVES[name] for phase in parse(schedule) for name, _ in phase.mix)
+        learnt_causal = all(OBJECTIVES[name].causal for phase in parse(schedule) for name, _ in phase.mix)
         is_causal = self.mask == "causal" or self.mask == "auto" and learnt_causal
         return replace(self, mask="causal" if is_causal else "full", n_open=tuple(sorted(map(int, self.n_open))),
                        pool=self.pool if self.pool != "auto" else "last" if is_causal else "start")
@@ -156,7 +156,8 @@ class Classifier(nn.Module):
         """tokens (B, T), of which the first lengths (B,) count -> logits (B, classes)."""
         x, shared = self.embedding(tokens, 0)
         for block, causal in zip(self.blocks, self.causal):
-            x = block(x, shared, causal=causal, lengths=lengths, cache=None)
+            mask = build_mask(tokens.size(1), tokens.size(1), causal=causal, lengths=lengths, device=x.device)
+            x = block(x, shared, mask)
         if self.pool == "mean":
             inside = torch.arange(x.size(1), device=x.device) < lengths[:, None]
             x = (x * inside[..., None]).sum(1) / lengths[:, None]
@@ -276,15 +277,16 @@ def main(argv: list[str]):
     if not argv or argv[0].startswith("-"):
         raise UserError("name a run first: finetune.py RUN [FILE...] [--SETTING=VALUE...]; the settings stand at its top")
     s = config.load(Settings, argv[1:])
-    by_task, device = s.by_task(), pick_device(s.device)
-    path, content, model, tokenizer = load_run(argv[0], device)
+    by_task, device = s.by_task(), str(find_device(s.device))
+    run = load_run(argv[0], device)
+    path, content, model, tokenizer = run.path, run.content, run.model, run.tokenizer
     schedule, n_layer = content["settings"]["schedule"], model.config.n_layer
     out = Path(s.out or path.parent / f"glue_{content['step']}.json")
     whole = {"checkpoint": str(path), "step": content["step"], "schedule": schedule, "config": content["config"],
-             "weights_sha256": digest(content["model"]), "device": device, "torch": torch.__version__, "tasks": {}}
+             "checkpoint_sha256": file_sha256(path), "device": device, "torch": torch.__version__, "tasks": {}}
     if out.exists():
         found = read_result(out)
-        if found.get("weights_sha256") != whole["weights_sha256"]:
+        if found.get("checkpoint_sha256") != whole["checkpoint_sha256"]:
             raise UserError(f"{out}: holds the results of other weights; remove it or name another --out")
         whole["tasks"] = found["tasks"]
     print(f"{path}: step {content['step']} of {schedule}, {model.config.backbone}; {s.dtype} on {device}; "

@@ -1,76 +1,121 @@
 """BabyLlama and LTG-BERT: one transformer whose attention mask is an argument of forward.
 
-    model = Transformer(ModelConfig(backbone="babyllama", vocab_size=16000, n_layer=16, n_head=8, n_embd=512, n_ff=1024))
-    loss, count = model(tokens, targets, causal=True)     # summed loss and number of scored tokens
+    model = Transformer(ModelConfig(backbone="babyllama", vocab_size=16000, n_layer=16, n_head=8))
+    loss, count = model(tokens, targets, causal=True)     # summed loss, number of scored tokens
     logits = model(tokens, causal=False)                  # (B, T, V)
 
-In comments and docstrings: B rows, T tokens a row, D n_embd, H heads, d = D / H, F n_ff, V vocab_size.
+In comments and docstrings: B rows, T tokens a row, D n_embd, H heads, d = D / H, F n_ff,
+V vocab_size.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antlm.ops import IGNORE, VocabularyLoss, dropout
+from antlm import IGNORE, ops
+from antlm.ops import dropout
+from config import require
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model; raises ValueError where they contradict each other."""
+    """Sizes of a model; raises UserError where they contradict each other."""
 
-    backbone: str = "babyllama"
+    backbone: str = "babyllama"  # a row of BACKBONES
     vocab_size: int = 16000
     n_layer: int = 16
     n_head: int = 8
     n_embd: int = 512
-    n_ff: int = 1024
+    n_ff: int = 1024  # feed-forward width
     tied: bool = False  # output weights = input embedding; LTG-BERT always ties
     dropout: float = 0.0
     n_bucket: int = 32  # LTG-BERT: relative positions fall into 2 * n_bucket - 1 buckets
     max_position: int = 512  # LTG-BERT: distances from here on share the last bucket
 
     def __post_init__(self):
-        for field in fields(self):
-            name, kind, x = field.name, field.type, getattr(self, field.name)
-            if type(x) is not kind and (kind, type(x)) != (float, int) or kind is int and x < 1:
-                raise ValueError(f"{name} must be of type {kind.__name__}{' and at least 1' * (kind is int)}, not {x!r}")
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_head must divide n_embd: {self.n_embd} / {self.n_head} is not whole")
-        if self.backbone == "babyllama" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_head: rotary embedding needs an even head size, n_embd / n_head is {self.n_embd // self.n_head}")
-        if not 1 < self.n_bucket < self.max_position <= 1 << 20:
-            raise ValueError(f"1 < n_bucket < max_position <= {1 << 20} must hold, not {self.n_bucket} and {self.max_position}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        known = ", ".join(BACKBONES)
+        require(self.backbone in BACKBONES, f"backbone = {self.backbone!r}: not one of {known}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ff"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}",
+        )
+        require(0 <= self.dropout < 1, f"dropout = {self.dropout} must lie in [0, 1)")
+        BACKBONES[self.backbone].check(self)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest row that the backbone can take; None where it takes any."""
+        return BACKBONES[self.backbone].max_tokens(self)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None,
-           bias: Tensor | None = None, scale: float | None = None, p: float = 0.0) -> Tensor:
-    """Softmax attention, the only place in the project where anything is masked.
+# ------------------------------------------------------------------------- which keys a query sees
 
-    q (B, H, Tq, d), k and v (B, H, Tk, d) -> (B, H, Tq, d). The queries are the last Tq of the Tk positions.
-    lengths (B,), at least 1: keys from there on are hidden. bias (B, H, Tq, Tk) is added to the scaled scores.
+
+class Mask(NamedTuple):
+    """Which keys a query may see. Transformer.forward builds it, blocks hand it on unopened.
+
+    hidden: broadcasts to (B, H, Tq, Tk), True where a key is hidden; None: every key is seen
+    triangle: whether just the later keys are hidden, so that a kernel need not read `hidden`
     """
-    Tq, Tk = q.size(-2), k.size(-2)
-    causal = causal and Tq > 1  # one query is the last position and sees every key
-    # On a CPU SDPA's dropout is slow, and in bfloat16 takes 4 (T 128) to 1.2 times (1024) as long as products (2.13).
-    plain, mask = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16 and Tk <= 512), bias
-    if lengths is not None or causal and (plain or bias is not None or Tq != Tk):
-        # SDPA's own is_causal aligns the first positions, a cache needs the last ones aligned.
-        key = torch.arange(Tk, device=q.device)
-        hidden = (key > key[-Tq:, None]) & causal  # (Tq, Tk): the keys behind each query
-        if lengths is not None:
-            hidden = hidden | (key >= lengths[:, None, None, None])
-        mask = (q.new_zeros(()) if bias is None else bias).masked_fill(hidden, float("-inf"))
-    if plain:
-        score = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.mT
-        return dropout((score if mask is None else score + mask).softmax(-1), p) @ v
-    return F.scaled_dot_product_attention(q, k, v, mask, p, causal and mask is None, scale=scale)
+
+    hidden: Tensor | None
+    triangle: bool
+
+
+def build_mask(
+    n_query: int,
+    n_key: int,
+    *,
+    causal: bool,
+    lengths: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Mask:
+    """Return the mask of queries at the last n_query of n_key positions.
+
+    This is the one place in the project that decides what is hidden: another kind of mask is
+    another branch here.
+    causal: a query sees no later key
+    lengths: (B,) at least 1; keys from there on are padding
+    """
+    key = torch.arange(n_key, device=device)
+    query = key[-n_query:, None]
+    hidden = None
+    triangle = False
+    if causal and n_query > 1:  # a single query stands last and has no later key
+        hidden = key > query
+        # a kernel's own triangle aligns first positions, with a cache the last ones are aligned
+        triangle = n_query == n_key
+    if lengths is not None:
+        padding = key >= lengths[:, None, None, None]
+        hidden = padding if hidden is None else hidden | padding
+        triangle = False
+    return Mask(hidden, triangle)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    rate: float = 0.0,
+) -> Tensor:
+    """Return softmax attention under a mask, (B, H, Tq, d).
+
+    q (B, H, Tq, d), k and v (B, H, Tk, d); bias (B, H, Tq, Tk) is added to the scaled scores
+    rate: dropout of the probabilities
+    """
+    return ops.attention(
+        q, k, v, hidden=mask.hidden, triangle=mask.triangle, bias=bias, scale=scale, rate=rate
+    )
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
@@ -81,33 +126,39 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)  # (..., H, T, d) -> (..., T, D)
 
 
-def update_cache(cache: list | None, k: Tensor, v: Tensor):
-    """Keys and values (B, H, T, d) of this call behind those that the layer's cache holds; the cache then has all."""
+def update_cache(cache: list | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Append keys and values (B, H, T, d) to the layer's cache, and return all of them."""
+    if cache is None:
+        return k, v
     if cache:
-        k, v = (torch.cat(pair, dim=-2) for pair in zip(cache, (k, v)))
-    if cache is not None:
-        cache[:] = k, v
+        k = torch.cat((cache[0], k), dim=-2)
+        v = torch.cat((cache[1], v), dim=-2)
+    cache[:] = [k, v]
     return k, v
 
 
-# ---------------------------------------------------------------------------------------------- BabyLlama
+# --------------------------------------------------------------------------------------- BabyLlama
 
 
 class LlamaEmbedding(nn.Module):
-    """Token embedding; what all layers share are the rotary angles (Su et al. 2021, half-split as in Hugging Face)."""
+    """Token embedding. The rotary angles are shared by all layers (Su et al. 2021)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tokens = nn.Embedding(c.vocab_size, c.n_embd)
-        self.d = c.n_embd // c.n_head
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head_size = config.n_embd // config.n_head
 
     def forward(self, tokens: Tensor, start: int):
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device).float()
-        angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, self.d, 2, device=tokens.device) / self.d))  # (T, d / 2)
-        return self.tokens(tokens), (angles.cos(), angles.sin())
+        """Return x (B, T, D), and cosine and sine (T, d / 2) of the positions from `start` on."""
+        device = tokens.device
+        position = torch.arange(start, start + tokens.size(1), device=device).float()
+        exponent = -torch.arange(0, self.head_size, 2, device=device) / self.head_size
+        angle = torch.outer(position, 10000.0**exponent)
+        return self.tokens(tokens), (angle.cos(), angle.sin())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of each head by their angles (the layout of Hugging Face)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -115,184 +166,296 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LlamaBlock(nn.Module):
     """Pre-norm attention with rotary positions, then SwiGLU (Touvron et al. 2023)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.dropout = c.n_head, c.dropout
-        self.attention_norm = nn.RMSNorm(c.n_embd, eps=1e-6)
-        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
-        self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.ff_norm = nn.RMSNorm(c.n_embd, eps=1e-6)
-        self.gate_up = nn.Linear(c.n_embd, 2 * c.n_ff, bias=False)
-        self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.attention_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.ff_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_ff, bias=False)
+        self.down = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shared, *, causal: bool, lengths: Tensor | None, cache: list | None) -> Tensor:
-        (cos, sin), p = shared, self.dropout * self.training
-        q, k, v = (split_heads(y, self.n_head) for y in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x: Tensor, shared, mask: Mask, cache: list | None = None) -> Tensor:
+        cos, sin = shared
+        rate = self.dropout if self.training else 0.0
+
+        # attention
+        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        q = rotate(split_heads(q, self.n_head), cos, sin)
+        k = rotate(split_heads(k, self.n_head), cos, sin)
+        v = split_heads(v, self.n_head)  # (B, H, T, d)
         k, v = update_cache(cache, k, v)
-        y = self.out(merge_heads(attend(q, k, v, causal=causal, lengths=lengths, p=p)))
-        x = x + dropout(y, p)
-        gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)
-        return x + dropout(self.down(F.silu(gate) * up), p)
+        y = merge_heads(attend(q, k, v, mask, rate=rate))
+        x = x + dropout(self.out(y), rate)
+
+        # feed-forward
+        gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)  # (B, T, F) each
+        return x + dropout(self.down(F.silu(gate) * up), rate)
 
 
 class LlamaHead(nn.Module):
-    def __init__(self, c: ModelConfig, embedding: nn.Embedding):
+    def __init__(self, config: ModelConfig, embedding: nn.Embedding):
         super().__init__()
-        self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
-        self.vocab = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        if c.tied:
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.vocab = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
             self.vocab.weight = embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
 
+def check_llama(config: ModelConfig):
+    require(
+        config.n_embd // config.n_head % 2 == 0,
+        f"n_head = {config.n_head}: rotary embedding needs an even n_embd / n_head",
+    )
+
+
 def init_llama(model: "Transformer"):
-    for p in model.parameters():  # std 0.02: initializer_range of Hugging Face's LlamaConfig; norms stay 1
+    """Draw matrices with a deviation of 0.02, as Hugging Face's LlamaConfig does; norms stay 1."""
+    for p in model.parameters():
         if p.dim() == 2:
             nn.init.normal_(p, std=0.02)
 
 
-# ----------------------------------------------------------------------------------------------- LTG-BERT
+# ----------------------------------------------------------------------------------------- LTG-BERT
 
 
 def bare_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-7)  # LayerNorm without affine parameters
+    """LayerNorm without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-7)
 
 
 def position_buckets(n_bucket: int, max_position: int) -> Tensor:
-    """Table row of every distance i - j from -(max_position - 1) to max_position - 1 (DeBERTa, He et al. 2021, A.3)."""
-    mid, r = n_bucket // 2, torch.arange(1 - max_position, max_position)
-    log = (r.abs().clamp(min=1).double() / mid).log() / math.log((max_position - 1) / mid)
-    far = mid + (log * (mid - 1) - 1e-9).ceil().long()  # the 1e-9 keeps ceil of a whole number whole under rounding
-    return n_bucket - 1 + r.sign() * torch.where(r.abs() > mid, far, r.abs())
+    """Return the table row of every distance from -(max_position - 1) to max_position - 1.
 
-
-def position_scores(x: Tensor, table: Tensor) -> Tensor:
-    """x_i . table[n - 1 + j - i] for every (i, j), no gather: (B, H, n, d), (H, n + m, d) -> (B, H, n, m)."""
-    # One product for all rows of the batch, or the table would be copied for each: (H, B, n, n + m).
-    y = (x.transpose(0, 1).flatten(1, 2) @ table.mT).unflatten(1, (x.size(0), -1))
-    n, width = y.shape[-2:]  # a strided view moves column n - 1 + j - i of row i to column j
-    return y.flatten(-2)[..., n - 1:-1].unflatten(-1, (n, width - 1))[..., :width - n].transpose(0, 1)
+    Near distances have a row each, far ones share rows on a logarithmic scale.
+    Source: DeBERTa (He et al. 2021), appendix A.3, with the rounding of ltg-bert.
+    """
+    mid = n_bucket // 2
+    rows = []
+    for distance in range(1 - max_position, max_position):
+        bucket = abs(distance)
+        if bucket > mid:
+            log = math.log(bucket / mid) / math.log((max_position - 1) / mid)
+            # the 1e-9 keeps the ceiling of a whole number whole under rounding
+            bucket = mid + math.ceil(log * (mid - 1) - 1e-9)
+        if distance < 0:
+            bucket = -bucket
+        rows.append(n_bucket - 1 + bucket)
+    return torch.tensor(rows)
 
 
 class LTGEmbedding(nn.Module):
-    """Token embedding; what all layers share are the relative position table and its row for each distance."""
+    """Token embedding. The table of relative positions is shared by all layers."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tokens = nn.Embedding(c.vocab_size, c.n_embd)
-        self.relative = nn.Parameter(torch.empty(2 * c.n_bucket - 1, c.n_embd))
-        self.relative_norm = nn.LayerNorm(c.n_embd, eps=1e-7)
-        self.dropout, self.max_distance = c.dropout, c.max_position - 1
-        self.register_buffer("buckets", position_buckets(c.n_bucket, c.max_position), persistent=False)
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.relative = nn.Parameter(torch.empty(2 * config.n_bucket - 1, config.n_embd))
+        self.relative_norm = nn.LayerNorm(config.n_embd, eps=1e-7)
+        self.dropout = config.dropout
+        self.max_distance = config.max_position - 1
+        buckets = position_buckets(config.n_bucket, config.max_position)
+        self.register_buffer("buckets", buckets, persistent=False)
 
     def forward(self, tokens: Tensor, start: int):
+        """Return x (B, T, D), the table (2 n_bucket - 1, D) and its row for each distance.
+
+        The rows are those of distances i - j from start + T - 1 down to -T, (start + 2 T,): one
+        more than any query needs, for ops.position_scores.
+        """
         T = tokens.size(1)
-        distances = torch.arange(start + T - 1, -T - 1, -1, device=tokens.device).clamp(-self.max_distance, self.max_distance)
-        rows = self.buckets[distances + self.max_distance]  # (start + 2T,): every query from every key; -T for even sizes
-        x = dropout(bare_norm(self.tokens(tokens)), self.dropout * self.training)
+        rate = self.dropout if self.training else 0.0
+        distance = torch.arange(start + T - 1, -T - 1, -1, device=tokens.device)
+        distance = distance.clamp(-self.max_distance, self.max_distance)
+        rows = self.buckets[distance + self.max_distance]
+        x = dropout(bare_norm(self.tokens(tokens)), rate)
         return x, (self.relative_norm(self.relative), rows)
 
 
 class LTGBlock(nn.Module):
-    """Attention with disentangled relative positions, then GEGLU with a norm inside (Samuel et al. 2023, section 3)."""
+    """Attention with disentangled relative positions, then GEGLU with a norm inside.
 
-    def __init__(self, c: ModelConfig):
+    Source: Samuel et al. 2023, section 3.
+    """
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.dropout = c.n_head, c.dropout
-        self.qk = nn.Linear(c.n_embd, 2 * c.n_embd)
-        self.v = nn.Linear(c.n_embd, c.n_embd)
-        self.out = nn.Linear(c.n_embd, c.n_embd)
-        self.out_norm = nn.LayerNorm(c.n_embd, eps=1e-7)
-        self.up_gate = nn.Linear(c.n_embd, 2 * c.n_ff, bias=False)
-        self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qk = nn.Linear(config.n_embd, 2 * config.n_embd)
+        self.v = nn.Linear(config.n_embd, config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
+        self.out_norm = nn.LayerNorm(config.n_embd, eps=1e-7)
+        self.up_gate = nn.Linear(config.n_embd, 2 * config.n_ff, bias=False)
+        self.down = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shared, *, causal: bool, lengths: Tensor | None, cache: list | None) -> Tensor:
-        (table, rows), p = shared, self.dropout * self.training
+    def forward(self, x: Tensor, shared, mask: Mask, cache: list | None = None) -> Tensor:
+        table, rows = shared
+        rate = self.dropout if self.training else 0.0
+
+        # queries, keys and values of the tokens, (B, H, T, d)
         h = bare_norm(x)
-        q, k = (split_heads(y, self.n_head) for y in self.qk(h).chunk(2, dim=-1))  # (B, H, T, d)
-        k, v = update_cache(cache, k, split_heads(self.v(h), self.n_head))
-        positions = self.qk(dropout(table, p))  # (2b - 1, 2D)
-        q_pos, k_pos = (split_heads(y, self.n_head) for y in positions.chunk(2, dim=-1))  # (H, 2b - 1, d)
+        q, k = self.qk(h).chunk(2, dim=-1)
+        q = split_heads(q, self.n_head)
+        k = split_heads(k, self.n_head)
+        v = split_heads(self.v(h), self.n_head)
+        k, v = update_cache(cache, k, v)
+
+        # queries and keys of the positions, from the same projection, (H, 2 n_bucket - 1, d)
+        q_position, k_position = self.qk(dropout(table, rate)).chunk(2, dim=-1)
+        q_position = split_heads(q_position, self.n_head)
+        k_position = split_heads(k_position, self.n_head)
+
+        # score(i, j) = (q_i . k_j + q_i . k_position[i - j] + k_j . q_position[i - j]) * scale
         scale = (3 * q.size(-1)) ** -0.5
-        # q_i . k_pos[i - j] + k_j . q_pos[i - j]
-        bias = (position_scores(q, k_pos[:, rows]) + position_scores(k, q_pos[:, rows.flip(0).roll(-1)]).mT) * scale
-        y = attend(q, k, v, causal=causal, lengths=lengths, bias=bias, scale=scale, p=p)
-        x = x + dropout(self.out_norm(self.out(merge_heads(y))), p)
-        up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)
-        return x + dropout(self.down(bare_norm(up * F.gelu(gate, approximate="tanh"))), p)
+        mirrored = rows.flip(0).roll(-1)  # the rows as the keys see them: of distances j - i
+        content_to_position = ops.position_scores(q, k_position[:, rows])
+        position_to_content = ops.position_scores(k, q_position[:, mirrored]).mT
+        bias = (content_to_position + position_to_content) * scale
+        y = merge_heads(attend(q, k, v, mask, bias, scale, rate))
+        x = x + dropout(self.out_norm(self.out(y)), rate)
+
+        # feed-forward
+        up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)  # (B, T, F) each
+        y = bare_norm(up * F.gelu(gate, approximate="tanh"))
+        return x + dropout(self.down(y), rate)
 
 
 class LTGHead(nn.Module):
-    def __init__(self, c: ModelConfig, embedding: nn.Embedding):
+    def __init__(self, config: ModelConfig, embedding: nn.Embedding):
         super().__init__()
-        self.dropout = c.dropout
-        self.dense = nn.Linear(c.n_embd, c.n_embd)
-        self.vocab = nn.Linear(c.n_embd, c.vocab_size)
+        self.dropout = config.dropout
+        self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.vocab = nn.Linear(config.n_embd, config.vocab_size)
         self.vocab.weight = embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        rate = self.dropout if self.training else 0.0
         x = bare_norm(F.gelu(self.dense(bare_norm(x))))
-        return dropout(x, self.dropout * self.training)
+        return dropout(x, rate)
+
+
+def check_ltg(config: ModelConfig):
+    require(
+        1 < config.n_bucket < config.max_position,
+        f"1 < n_bucket < max_position must hold, not {config.n_bucket} and {config.max_position}",
+    )
 
 
 def init_ltg(model: "Transformer"):
+    """Draw matrices from a normal distribution cut at two deviations, as ltg-bert does."""
     std = math.sqrt(2 / (5 * model.config.n_embd))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
+    # the feed-forward layers start smaller the deeper they lie
     for layer, block in enumerate(model.blocks):
         for linear in (block.up_gate, block.down):
             linear.weight.data *= math.sqrt(1 / (2 * (1 + layer)))
 
 
-# -------------------------------------------------------------------------------------------- the skeleton
+# ------------------------------------------------------------------------------------ the skeleton
 
 
-BACKBONES = {  # name: what embeds tokens, what each layer does, what gives logits, how weights start
-    "babyllama": (LlamaEmbedding, LlamaBlock, LlamaHead, init_llama),
-    "ltg_bert": (LTGEmbedding, LTGBlock, LTGHead, init_ltg),
+def any_length(config: ModelConfig) -> None:
+    """A backbone whose positions are relative takes rows of any length."""
+    return None
+
+
+class Backbone(NamedTuple):
+    """What differs between the models.
+
+    embedding: forward(tokens, start) returns x (B, T, D) and what all layers share
+    block: forward(x, shared, mask, cache) returns x
+    head: forward(x) returns what its Linear `vocab` turns into logits
+    init: sets the first weights
+    check: raises UserError where sizes do not fit the backbone
+    max_tokens: of a ModelConfig, the longest row that it can take; None: any
+    """
+
+    embedding: type[nn.Module]
+    block: type[nn.Module]
+    head: type[nn.Module]
+    init: Callable[["Transformer"], None]
+    check: Callable[[ModelConfig], None]
+    max_tokens: Callable[[ModelConfig], int | None] = any_length
+
+
+BACKBONES = {
+    "babyllama": Backbone(LlamaEmbedding, LlamaBlock, LlamaHead, init_llama, check_llama),
+    "ltg_bert": Backbone(LTGEmbedding, LTGBlock, LTGHead, init_ltg, check_ltg),
 }
 
 
 class Transformer(nn.Module):
-    """Embedding, n_layer blocks and one head for every objective; the backbone is a row of BACKBONES."""
+    """Embedding, n_layer blocks and one head for every objective."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        embedding, block, head, init = BACKBONES[config.backbone]
-        self.embedding = embedding(config)
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
-        self.head = head(config, self.embedding.tokens)
-        init(self)
+        backbone = BACKBONES[config.backbone]
+        self.embedding = backbone.embedding(config)
+        self.blocks = nn.ModuleList(backbone.block(config) for _ in range(config.n_layer))
+        self.head = backbone.head(config, self.embedding.tokens)
+        self.max_tokens = config.max_tokens
+        backbone.init(self)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, causal: bool, scored: Tensor | None = None,
-                lengths: Tensor | None = None, cache: list | None = None):
-        """Logits, or with targets the summed cross-entropy in nats and the number of scored tokens.
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        causal: bool,
+        scored: Tensor | None = None,
+        weights: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cache: list | None = None,
+        with_logits: bool = False,
+    ):
+        """Return logits, or with targets the summed loss in nats and the number of scored tokens.
 
-        tokens and targets (B, T); a target of IGNORE is not scored, nothing is shifted here. scored (B, K): only
-        these positions pass through the vocabulary head, logits are then (B, K, V). lengths (B,): keys from there
-        on are padding. cache: n_layer lists, filled in place: tokens then follow those of earlier calls (causal only).
+        tokens, targets: (B, T); a target of IGNORE is not scored, and nothing is shifted here
+        scored: (B, K) only these positions pass through the vocabulary head; logits are (B, K, V)
+        weights: (B, T) factor of each target's loss
+        lengths: (B,) keys from there on are padding
+        cache: n_layer lists, filled in place; tokens follow those of earlier calls (causal only)
+        with_logits: return the logits behind loss and count, too
         """
+        # embed the tokens; those of a cache stand before them
         start = cache[0][0].size(-2) if cache and cache[0] else 0
+        length = start + tokens.size(1)
+        require(
+            self.max_tokens is None or length <= self.max_tokens,
+            f"a row of {length} tokens is longer than the {self.max_tokens} that "
+            f"{self.config.backbone} can take",
+        )
         x, shared = self.embedding(tokens, start)
+
+        # every layer sees through the same mask
+        mask = build_mask(
+            tokens.size(1), length, causal=causal, lengths=lengths, device=tokens.device
+        )
         for i, block in enumerate(self.blocks):
-            x = block(x, shared, causal=causal, lengths=lengths, cache=None if cache is None else cache[i])
+            x = block(x, shared, mask, None if cache is None else cache[i])
+
+        # only what is scored goes through the head: the largest product of the model
         if scored is not None:
             x = x.gather(1, scored[..., None].expand(-1, -1, x.size(-1)))
             targets = None if targets is None else targets.gather(1, scored)
-        x, vocab = self.head(x), self.head.vocab
+            weights = None if weights is None else weights.gather(1, scored)
+        x = self.head(x)
+        vocab = self.head.vocab
         if targets is None:
             return vocab(x)
-        loss = VocabularyLoss.apply(x, vocab.weight, vocab.bias, targets, torch.is_grad_enabled())
-        return loss, (targets != IGNORE).sum()
-
-
-# -------------------------------------------------------------------------------------------- checkpoints
-
-
+        loss = ops.vocabulary_loss(x, vocab.weight, vocab.bias, targets, weights)
+        count = (targets != IGNORE).sum()
+        if with_logits:
+            return loss, count, vocab(x)
+        return loss, count

@@ -1,44 +1,49 @@
 """Train a transformer with causal and masked language modelling in alternating phases.
 
-    python train.py config/quickstart.py                                 # one process, CPU or GPU
-    torchrun --standalone --nproc_per_node=8 train.py config/babyllama.py    # one node
-    python train.py config/babyllama.py --schedule=24_CLM --out_dir=runs/clm     # any setting below can be a flag
-    python train.py config/babyllama.py --resume                         # go on from the newest checkpoint
+python train.py config/quickstart.py                                       # CPU or one GPU
+torchrun --standalone --nproc_per_node=8 train.py config/babyllama.py      # one node
+python train.py config/babyllama.py --schedule=24_CLM --out_dir=runs/clm   # any setting is a flag
+python train.py config/babyllama.py --resume                               # go on where it stopped
 """
 
-import json
+import math
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 import config
-from antlm.checkpoint import checkpoints, load_model, open_run, save_checkpoint
-from antlm.distributed import Processes
-from antlm.optim import make_optimizers, update
-from config import UserError
-from data import DROPOUT, Batches, Corpus, hash64
-from model import BACKBONES, ModelConfig, Transformer
-from schedule import DECAYS, OBJECTIVES, Schedule, parse
+from antlm.checkpoint import RunFolder
+from antlm.distributed import (
+    DEVICES,
+    PRECISIONS,
+    Processes,
+    StopSignals,
+    errors_in_one_line,
+    has_fast_bfloat16,
+    leave,
+)
+from antlm.metrics import TrainingLog
+from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
+from config import require
+from data import OBJECTIVES, Batches, Corpus, dropout_seed, find_objectives
+from model import ModelConfig, Transformer
+from schedule import DECAYS, Schedule, parse
 
 
 @dataclass
 class Settings:
     # where from and where to
     corpus: str = "corpora/babylm"  # folder made by prepare.py
+    corpus_from: str = "babylm_10M --dev babylm_dev"  # arguments of prepare.py that make it
     out_dir: str = "runs/babylm"  # folder for checkpoints, metrics and settings
     resume: bool = False  # go on from the newest checkpoint in it
-    prepare: tuple = ()  # commands that make the corpus if it is missing, each a Python file with its arguments
-    score: str = ""  # minimal pairs that eval.py scores when training ends
     # model
     backbone: str = "babyllama"  # babyllama | ltg_bert
     n_layer: int = 16
@@ -50,11 +55,11 @@ class Settings:
     n_bucket: int = 32  # LTG-BERT: relative positions fall into 2 * n_bucket - 1 buckets
     max_position: int = 512  # LTG-BERT: distances from here on share a bucket
     # what is learnt
-    schedule: str = "4_CLM+16_MLM+4_CLM"  # PHASE+PHASE+...: EPOCHS_OBJECTIVE or EPOCHS_1CLM:15MNTP
+    schedule: str = "4_CLM+16_MLM+4_CLM"  # EPOCHS_OBJECTIVE+..., or EPOCHS_1CLM:15MNTP for a mix
     block_size: int = 128  # tokens a row
     batch_rows: int = 256  # rows per optimizer step, over all processes and micro-batches
-    micro_rows: int = 64  # rows per forward pass and process at most: bounds the memory, changes only what dropout draws
-    mask_start: float = 0.15  # share of tokens that MLM and MNTP hide at the first step; GPT-BERT: 0.3
+    micro_rows: int = 64  # rows per forward pass and process at most: bounds the memory
+    mask_start: float = 0.15  # share of tokens that MLM and MNTP hide at first; GPT-BERT: 0.3
     mask_end: float = 0.15  # and at the last step; linear in between
     mask_span: float = 1.0  # mean tokens hidden at once; 1 single tokens, 3 the spans of ltg-bert
     seed: int = 1
@@ -69,261 +74,298 @@ class Settings:
     eps: float = 1e-8
     weight_decay: float = 0.1  # not on embeddings, biases and norms
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    skip_nonfinite: int = 0  # steps with a non-finite loss or gradient that may be skipped before the run stops
+    skip_nonfinite: int = 0  # steps of a non-finite loss that may be skipped before the run stops
     # looking at it
     log_every: int = 20  # steps
     eval_every: int = 0  # steps between evaluations on the dev tokens; 0: at the end of each epoch
     eval_rows: int = 512  # rows of the dev tokens, at most
+    eval_mask_rate: float = 0.15  # of the masked dev losses: fixed, so that runs can be compared
     save_every: int = 500  # steps between checkpoints; each phase end has one too
     keep: int = 2  # newest checkpoints kept, beside those of phase ends
-    babylm_rules: bool = False  # BabyLM 2025/26: at most 10 epochs, a checkpoint kept at 1M, 2M ... 10M, 20M ... 100M words
+    babylm_rules: bool = False  # at most 10 epochs, a checkpoint kept at 1M, 2M ... 100M words
     # machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # auto | float32 | bfloat16 (autocast; weights stay float32)
     compile: str = "auto"  # auto | on | off
 
     def check(self):
-        """Raise ValueError, which names the settings, for a value or combination that cannot be."""
-        self.model_config(vocab_size=1)
-        for phase in (phases := parse(self.schedule)):
-            if self.batch_rows < (weights := sum(weight for _, weight in phase.mix)):
-                raise ValueError(f"batch_rows {self.batch_rows} cannot be shared as {phase}: at least {weights} rows")
-        world, T = int(os.environ.get("WORLD_SIZE", 1)), self.block_size
-        hides = any(name != "CLM" for phase in phases for name, _ in phase.mix)
-        choices = dict(backbone=[*BACKBONES], optimizer=["adamw", "lamb", "muon"], device=["auto", "cpu", "cuda", "mps"],
-                       lr_decay=[*DECAYS], precision=["auto", "float32", "bfloat16"], compile=["auto", "on", "off"])
-        rules = [
-            ("batch_rows micro_rows lr eps log_every eval_rows save_every keep", lambda x: x > 0, "must be greater than 0"),
-            ("seed weight_decay clip skip_nonfinite eval_every", lambda x: x >= 0, "must not be negative"),
-            (" ".join(name for name in vars(self) if name != "score"),
-             lambda x: x not in ("", float("inf"), float("-inf")) and x == x, "must be given, and finite"),
-            ("warmup beta1 beta2", lambda x: 0 <= x < 1, "must lie in [0, 1)"),
-            *((name, lambda x, of=of: x in of, f"must be one of {', '.join(of)}") for name, of in choices.items()),
-            ("block_size", lambda x: x >= 2, "must be at least 2 tokens"),
-            ("lr_min_ratio", lambda x: 0 <= x <= 1, "is a share of the peak and must lie in [0, 1]"),
-            ("mask_span", lambda x: x >= 1, "must be at least 1 token"),
-            ("batch_rows", lambda x: x % world == 0, f"must be a multiple of the {world} processes"),
-            ("schedule" * self.babylm_rules, lambda x: sum(phase.epochs for phase in phases) <= 10,
-             "has more than the 10 epochs that babylm_rules allow"),
-            ("mask_start mask_end" * hides, lambda x: 1 <= x * T <= T - 1,
-             f"must hide at least 1 and leave at least 1 of {T} tokens")]
-        for name, holds, expected in ((name, *rule) for names, *rule in rules for name in names.split()):
-            if not holds(getattr(self, name)):
-                raise ValueError(f"{name} = {getattr(self, name)!r} {expected}")
+        """Raise UserError, which names the settings, for a value or combination that cannot be."""
+        model_config = self.model_config(vocab_size=1)
+        phases = parse(self.schedule)
+        objectives = find_objectives(self.schedule, "settings")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(value != "", f"{field.name} must not be empty")
+            if field.type is float:
+                require(math.isfinite(value), f"{field.name} = {value} must be finite")
+        require(self.optimizer in OPTIMIZERS, f"optimizer: not one of {', '.join(OPTIMIZERS)}")
+        require(self.lr_decay in DECAYS, f"lr_decay: not one of {', '.join(DECAYS)}")
+        require(self.device in DEVICES, f"device: not one of {', '.join(DEVICES)}")
+        require(self.precision in PRECISIONS, f"precision: not one of {', '.join(PRECISIONS)}")
+        require(self.compile in ("auto", "on", "off"), "compile: not one of auto, on, off")
+
+        for name in ("batch_rows", "micro_rows", "log_every", "eval_rows", "save_every", "keep"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        for name in ("seed", "weight_decay", "clip", "skip_nonfinite", "eval_every"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+        require(self.lr > 0, "lr must be greater than 0")
+        require(self.eps > 0, "eps must be greater than 0")
+        require(0 <= self.lr_min_ratio <= 1, "lr_min_ratio is a share: it must lie in [0, 1]")
+        for name in ("warmup", "beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1)")
+
+        T = self.block_size
+        require(T >= 2, "block_size must be at least 2 tokens")
+        longest = model_config.max_tokens
+        require(longest is None or T <= longest, f"block_size: {self.backbone} takes {longest}")
+        require(self.mask_span >= 1, "mask_span must be at least 1 token")
+        require(0 < self.eval_mask_rate < 1, "eval_mask_rate must lie between 0 and 1")
+        if any(OBJECTIVES[name].max_rate is None for name in objectives):
+            for name in ("mask_start", "mask_end"):
+                n_hidden = getattr(self, name) * T
+                require(1 <= n_hidden <= T - 1, f"{name} must hide 1 to {T - 1} of {T} tokens")
+        require(self.batch_rows % world == 0, f"batch_rows: not a multiple of {world} processes")
+        for phase in phases:
+            least = sum(weight for _, weight in phase.mix)
+            require(self.batch_rows >= least, f"batch_rows: {phase} needs at least {least} rows")
+        if self.babylm_rules:
+            epochs = sum(phase.epochs for phase in phases)
+            require(epochs <= 10, f"schedule: babylm_rules allow 10 epochs, not {epochs}")
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in (
-            "backbone", "n_layer", "n_head", "n_embd", "n_ff", "tied", "dropout", "n_bucket", "max_position")})
+        names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
+        return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
 
-def to_device(arrays, device: torch.device):
-    pin = device.type == "cuda"  # from pinned memory the copy runs behind the GPU's back
-    tensors = [None if a is None else torch.from_numpy(a) for a in arrays]
-    return [t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in tensors]
+# Settings that may differ when a run goes on; all others would make it a different run.
+FREE = {
+    "corpus", "corpus_from", "out_dir", "resume", "micro_rows", "skip_nonfinite", "log_every",
+    "eval_every", "eval_rows", "eval_mask_rate", "save_every", "keep", "babylm_rules", "device",
+    "precision", "compile",
+}  # fmt: skip
+
+
+def open_corpus(s: Settings) -> Corpus:
+    """Open the corpus; raises UserError, with the command that makes it, where it is missing."""
+    require(
+        os.path.exists(s.corpus),
+        f"{s.corpus}: does not exist; make it with: "
+        f"python prepare.py {s.corpus_from} --out {s.corpus}",
+    )
+    corpus = Corpus(s.corpus)
+    require(
+        len(corpus.train) > s.block_size,
+        f"{s.corpus}: {len(corpus.train)} training tokens do not fill a row of block_size "
+        f"{s.block_size}",
+    )
+    return corpus
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, dev: Batches, s: Settings, objectives: list[str], p: Processes, autocast) -> dict:
-    """Mean dev loss in nats per scored token for each objective, on the same rows each time, by the uncompiled model."""
+def evaluate(
+    model: Transformer,
+    dev: Batches,
+    s: Settings,
+    objectives: list[str],
+    processes: Processes,
+    autocast,
+) -> dict[str, float]:
+    """Return the dev loss of each objective in nats per scored token.
+
+    On the same rows each time, shared out over the processes, by the uncompiled model: shapes vary.
+    """
     model.eval()
-    losses, rows = {}, np.arange(p.rank, min(s.eval_rows, dev.n_rows), p.world)
+    losses = {}
+    rows = np.arange(processes.rank, min(s.eval_rows, dev.n_rows), processes.world)
     for objective in objectives:
-        sums = np.zeros(2)  # loss and scored tokens
-        for i in range(0, len(rows), s.micro_rows):
-            tokens, targets, scored = to_device(dev.batch(objective, 0, 0, rows[i:i + s.micro_rows], 0.15), p.device)
+        total = 0.0
+        count = 0
+        for start in range(0, len(rows), s.micro_rows):
+            place = rows[start : start + s.micro_rows]
+            batch = dev.batch(objective, 0, 0, place, s.eval_mask_rate).to(processes.device)
             with autocast:
-                sums += [x.item() for x in model.forward(tokens, targets, causal=OBJECTIVES[objective], scored=scored)]
-        total, count = p.sum(*sums)
+                loss, n_scored = model.forward(**batch, causal=OBJECTIVES[objective].causal)
+            total += loss.item()
+            count += n_scored.item()
+        total, count = processes.sum([total, count])
         losses[objective] = total / max(1, count)
     model.train()
     return losses
 
 
-def train(s: Settings):
-    p, run = Processes(s.device), Path(s.out_dir)
-    for command in s.prepare if p.rank == 0 and not Path(s.corpus).exists() else ():
-        p.say(f"python {command}")
-        if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
-            raise UserError(f"{s.corpus}: was missing, and the command that makes it failed: python {command}")
-    p.sum(0)  # the others wait
-    corpus = Corpus(s.corpus)
-    if len(corpus.train) <= s.block_size:
-        raise UserError(f"{s.corpus}: {len(corpus.train)} training tokens do not fill a row of block_size {s.block_size}")
+def make_schedule(s: Settings, steps_per_epoch: int, words_per_epoch: int) -> Schedule:
+    return Schedule(
+        phases=parse(s.schedule),
+        steps_per_epoch=steps_per_epoch,
+        lr=s.lr,
+        lr_min_ratio=s.lr_min_ratio,
+        warmup=s.warmup,
+        decay=s.lr_decay,
+        mask_start=s.mask_start,
+        mask_end=s.mask_end,
+        words_per_epoch=words_per_epoch,
+    )
 
-    # What happens at each step is a function of its number, from here on.
-    slots = int(np.ceil(max(s.mask_start, s.mask_end) * s.block_size))
-    batches = Batches(corpus.train, corpus.vocab_size, s.block_size, s.batch_rows, s.seed, slots, s.mask_span)
-    dev = Batches(corpus.dev, corpus.vocab_size, s.block_size, s.eval_rows, 0, int(np.ceil(0.15 * s.block_size)))
-    schedule = Schedule(parse(s.schedule), batches.steps_per_epoch, s.lr, s.lr_min_ratio, s.warmup, s.lr_decay,
-                        s.mask_start, s.mask_end, corpus.meta["train"]["words"])
-    judged = [name for name in OBJECTIVES if name in ("CLM", "MLM") or any(name in dict(x.mix) for x in schedule.phases)]
 
+def describe(
+    s: Settings,
+    model: Transformer,
+    corpus: Corpus,
+    schedule: Schedule,
+    processes: Processes,
+    precision: str,
+    compiled: bool,
+) -> str:
+    """Say what is trained, on what, for how long, and what `auto` has picked."""
+    n_params = sum(p.numel() for p in model.parameters())
+    words = corpus.meta["train"]["words"]
+    compilation = "on" if compiled else "off"
+    return (
+        f"{s.backbone}: {n_params / 1e6:.2f} million parameters, {words:,} words, "
+        f"{len(corpus.train):,} tokens\n"
+        f"{s.schedule}: {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of "
+        f"{s.batch_rows} x {s.block_size} tokens\n"
+        f"device {processes.describe_device()}, {processes.world} process(es); "
+        f"precision {precision} ({s.precision}); compile {compilation} ({s.compile}: on for a GPU)"
+    )
+
+
+def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from top to bottom
+    # ------------------------------------------------ this process, the text, the folder of the run
+    processes = Processes(s.device)
+    device = processes.device
+    corpus = open_corpus(s)
+    run = RunFolder(s.out_dir, processes, s.resume)  # locked until this process ends
+
+    # ------------------------------------- what happens at a step is a function of its number alone
+    batches = Batches(
+        corpus.train,
+        corpus.vocab_size,
+        s.block_size,
+        s.batch_rows,
+        s.seed,
+        max_mask_rate=max(s.mask_start, s.mask_end),
+        mask_span=s.mask_span,
+    )
+    dev = Batches(
+        corpus.dev, corpus.vocab_size, s.block_size, s.eval_rows, 0, max_mask_rate=s.eval_mask_rate
+    )
+    schedule = make_schedule(s, batches.steps_per_epoch, corpus.meta["train"]["words"])
+
+    # --------------------------------------------- model and optimizers, new or from the checkpoint
     torch.manual_seed(s.seed)
-    try:
-        lock, path, content = open_run(run, s, corpus, p)  # the lock lasts until train returns
-        model = load_model(content, name=path) if content else Transformer(s.model_config(corpus.vocab_size))
-        optimizers = make_optimizers(model.to(p.device).train(), s, p.device)
-        first, skipped = (content["step"], content.get("skipped", 0)) if content else (0, 0)
-        for optimizer, state in zip(optimizers, content["optimizer"] if content else ()):
+    checkpoint = run.newest(s, FREE, corpus)
+    model = Transformer(s.model_config(corpus.vocab_size))
+    model = model.to(device).train()
+    optimizers = make_optimizers(model, s, device)
+    start = 0
+    skipped = 0  # steps whose loss or gradient was not finite
+    if checkpoint:
+        start = checkpoint["step"]
+        skipped = checkpoint["skipped"]
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(state)
-        if p.sum(first)[0] != first * p.world:
-            raise UserError(f"{run}: not all processes find the same checkpoint in it; it must be one folder for all")
-    except (LookupError, TypeError, ValueError, AttributeError) as e:  # of a checkpoint that somebody else has made
-        if not checkpoints(run):
-            raise  # a mistake in the code
-        raise UserError(f"{run}: its newest checkpoint is not one of this train.py ({type(e).__name__}: {e})") from None
-    del content
+    checkpoint = None  # its memory is free again
+    run.begin(s, corpus, schedule, start)
 
-    bf16 = p.fast_bf16 if s.precision == "auto" else s.precision == "bfloat16"
-    compiled = s.compile == "on" or s.compile == "auto" and p.device.type == "cuda"
+    # ---------------------------------------------------------- precision, compilation, parallelism
+    bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and has_fast_bfloat16(device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    compiled = s.compile == "on" or (s.compile == "auto" and device.type == "cuda")
     if compiled:
-        model.compile(dynamic=False)  # in place: keys stay clean, and model.forward stays uncompiled for evaluation
-    autocast = torch.autocast(p.device.type, torch.bfloat16, enabled=bf16)
-    ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if p.world > 1 else model
+        model.compile(dynamic=False)  # in place; model.forward stays uncompiled, for evaluation
+    ddp = model
+    if processes.world > 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = "bfloat16 autocast" if bfloat16 else "float32"
+    processes.print(describe(s, model, corpus, schedule, processes, precision, compiled))
+    processes.print(f"run {run.path}, starts at step {start} of {schedule.steps}")
 
-    name = torch.cuda.get_device_name(p.device) if p.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    p.say(f"{s.backbone}: {sum(q.numel() for q in model.parameters()) / 1e6:.2f} million parameters, "
-          f"{corpus.meta['train']['words']:,} words, {len(corpus.train):,} tokens\n"
-          f"{s.schedule}: {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of {s.batch_rows} x {s.block_size} tokens\n"
-          f"device {p.device} ({name}), {p.world} process(es); precision {'bfloat16 autocast' if bf16 else 'float32'} "
-          f"({s.precision}); compile {'on' if compiled else 'off'} ({s.compile}: on for a GPU, off elsewhere)\n"
-          f"run {run}, " + (f"resumed after step {first}" if first else "which holds no checkpoint: starts at step 0"))
-
-    stop = []  # signals received; the step in progress is finished and saved first
-    def on_signal(number, frame):
-        stop.append(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what the terminal has sent, and kills after 30 s
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    sums = {objective: np.zeros(2) for objective in OBJECTIVES}  # loss and scored tokens since the last line
-    pending = []  # steps that the host has not looked at: number, micro-batches, scored tokens, gradient norm and losses
-    began, logged, tokens_seen, halt = time.time(), time.time(), 0, 0
-
-    def look():
-        """Wait for the device and take up the steps since the last look; raises UserError."""
-        nonlocal skipped
-        for number, parts, counts, found in pending:
-            norm, *losses = found.tolist()
-            if np.isfinite(norm):
-                for (objective, *_), loss, count in zip(parts[p.rank::p.world], losses, counts):
-                    sums[objective] += loss, count
-                continue
-            skipped, bad = skipped + 1, np.zeros(len(parts))
-            bad[p.rank::p.world] = ~np.isfinite(losses)
-            bad = [f"{objective} rows {rows[0]} to {max(rows)}" for (objective, _, rows), n in zip(parts, p.sum(*bad)) if n]
-            text = f"step {number}: gradient norm {norm} is not finite" + f", nor the loss of {', '.join(bad)}" * bool(bad)
-            if skipped > s.skip_nonfinite:
-                raise UserError(f"{run}: {text}; nothing was saved since the last checkpoint; lower lr or clip, or allow "
-                                 "--skip_nonfinite=N such steps")
-            p.say(f"{text}; skipped")
-        pending.clear()
-
-    def save(done: int):
-        """Write a checkpoint of `done` steps; drop all but the newest s.keep and those to be kept for good."""
-        look()
-        if p.rank == 0:
-            save_checkpoint(run / f"step_{done:07}.pt", model, step=done, words=schedule.words(done), skipped=skipped,
-                            settings=asdict(s), optimizer=[o.state_dict() for o in optimizers], boundary=corpus.boundary,
-                            tokenizer_sha256=corpus.tokenizer.sha256, tokens_sha256=corpus.meta["train"]["sha256"])
-            files = {int(path.stem.removeprefix("step_")): path for path in checkpoints(run)}
-            for n in [n for n in files if n <= done][s.keep:]:  # later ones are damaged: resume went back before them
-                if not (schedule.ends_phase(n - 1) or s.babylm_rules and schedule.reaches_mark(n - 1)):
-                    files[n].unlink()
-
-    def record(**entry):
-        if p.rank == 0:
-            with open(run / "metrics.jsonl", "a") as f:  # anew for each line, so that a folder that is gone is noticed
-                f.write(json.dumps(entry) + "\n")
-
-    for step in range(first, schedule.steps):
+    # ------------------------------------------------------------------------------------- the loop
+    log = TrainingLog(run, schedule, s, list(OBJECTIVES), skipped)
+    signals = StopSignals()
+    stopped = False
+    step = start  # optimizer steps taken
+    while step < schedule.steps:
         epoch, step_in_epoch = schedule.epoch(step)
-        phase = schedule.phases[schedule.phase(step)]
-        shares, parts = phase.rows(s.batch_rows), phase.micro_batches(s.batch_rows, s.micro_rows, p.world)
-        mine, rate = parts[p.rank::p.world], schedule.mask_rate(step)
-        micro = [batches.batch(objective, epoch, step_in_epoch, np.array(rows), rate) for objective, _, rows in mine]
-        counts = [int((targets != -100).sum()) for _, targets, _ in micro]
-        ours = [sum(n for (name, *_), n in zip(mine, counts) if name == objective) for objective, _ in shares]
-        halt, *totals = p.sum(len(stop), *ours)
-        if halt:  # checked before the step, so that all processes stop at the same one
+        phase = schedule.phase(step)
+        lr = schedule.learning_rate(step)
+        mask_rate = schedule.mask_rate(step)
+
+        # this process's rows, cut into forward passes
+        micro_batches = batches.micro_batches(
+            phase, epoch, step_in_epoch, mask_rate, s.micro_rows, processes.rank, processes.world
+        )
+
+        # how many targets are scored in all processes, and has any of them been told to stop?
+        counts = dict.fromkeys(phase.objectives, 0)
+        for micro_batch in micro_batches:
+            counts[micro_batch.objective] += micro_batch.n_scored
+        n_signals, *totals = processes.sum([len(signals.received), *counts.values()])
+        if n_signals > 0:
+            stopped = True
             break
-        # A mix weighs each objective's mean by its share of rows (GPT-BERT); alone, it is the mean over scored tokens.
-        weight, losses = {name: n / s.batch_rows / max(1, count) for (name, n), count in zip(shares, totals)}, []
-        for (objective, number, _), arrays in zip(mine, micro):
-            tokens, targets, scored = to_device(arrays, p.device)
-            # Dropout, too, is a function of position.
-            torch.manual_seed(int(hash64(s.seed, DROPOUT, step, list(OBJECTIVES).index(objective), number)[0] >> np.uint64(1)))
-            with ddp.no_sync() if p.world > 1 and len(losses) + 1 < len(micro) else nullcontext():
-                with autocast:
-                    loss, _ = ddp(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
-                # DDP divides by the number of processes. 0 * loss makes all gradients NaN where the loss is not finite,
-                # and with them the norm, which is the same in all processes: so they agree on what to skip.
-                (loss * (weight[objective] * p.world + 0 * loss.detach())).backward()
+
+        # each objective's mean counts by its share of rows (GPT-BERT), however few it scores
+        factors = {}
+        for objective, total in zip(counts, totals, strict=True):
+            share = phase.split_rows(s.batch_rows)[objective] / s.batch_rows
+            factors[objective] = share / max(1, total)
+
+        # forward and backward, summing up gradients
+        losses = []
+        for i, micro_batch in enumerate(micro_batches):
+            objective = OBJECTIVES[micro_batch.objective]
+            batch = micro_batch.batch.to(device)
+            torch.manual_seed(dropout_seed(s.seed, step, objective, micro_batch.index))
+            if processes.world > 1:  # gradients are exchanged in the last backward pass only
+                ddp.require_backward_grad_sync = i == len(micro_batches) - 1
+            with autocast:
+                loss, _ = ddp(**batch, causal=objective.causal)
+            # DDP divides by the number of processes. 0 * loss makes all gradients NaN where the
+            # loss is not finite, and with them the norm, so that all processes notice.
+            factor = factors[micro_batch.objective] * processes.world + 0 * loss.detach()
+            (loss * factor).backward()
             losses.append(loss.detach())
-        norm, lr = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or float("inf")), schedule.learning_rate(step)
-        update(optimizers, lr, norm)
-        pending.append((step + 1, parts, counts, torch.stack((norm, *losses))))
-        tokens_seen += s.batch_rows * s.block_size
 
-        done = step + 1
-        where = dict(step=done, epoch=round(done / schedule.steps_per_epoch, 4), phase=str(phase), words=schedule.words(done))
-        if done % s.log_every == 0 or done == schedule.steps or done == first + 1:
-            look()
-            flat = p.sum(*(x for pair in sums.values() for x in pair))
-            losses = {objective: total / n for objective, total, n in zip(sums, flat[::2], flat[1::2]) if n}
-            now = time.time()
-            speed, left = tokens_seen / (now - logged), (now - began) / (done - first) * (schedule.steps - done)
-            p.say(f"step {done}/{schedule.steps}  epoch {done / schedule.steps_per_epoch:.2f}/{schedule.epochs}  {phase}  "
-                  + "".join(f"{k} {v:.3f}  " for k, v in losses.items()) + f"skipped {skipped}  " * (skipped > 0)
-                  + f"lr {lr:.2e}  {speed:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02} left")
-            record(**where, loss=losses, lr=lr, grad_norm=norm.item() if norm.isfinite() else None, skipped=skipped,
-                   mask_rate=rate, tokens_per_s=round(speed))
-            sums = {objective: np.zeros(2) for objective in OBJECTIVES}
-            tokens_seen, logged = 0, now
-        if done % (s.eval_every or schedule.steps_per_epoch) == 0 or done == schedule.steps:
-            losses = evaluate(model, dev, s, judged, p, autocast)
-            p.say(f"step {done}/{schedule.steps}  dev loss  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items()))
-            if not np.isfinite([*losses.values()]).all():
-                raise UserError(f"{run}: dev loss not finite at step {done}; nothing was saved since the last checkpoint")
-            record(**where, dev=losses)
-        if done % s.save_every == 0 or schedule.ends_phase(step) or s.babylm_rules and schedule.reaches_mark(step):
-            save(done)
+        # clip the gradient, and update the weights unless it is not finite
+        norm = clip_grad_norm_(model.parameters(), s.clip or math.inf)
+        guarded_step(optimizers, lr, norm)
+        step += 1
 
-    if halt:
-        if step > first:
-            save(step)
-        p.say(f"stopped after step {step}; go on with the same command and --resume:",
-              shlex.join([*(arg for arg in sys.argv if arg != "--resume"), "--resume"]))
-    p.sum(0)  # none leaves while another is at work
-    if not halt:
-        p.say(f"trained {run} in {(time.time() - began) / 60:.1f} minutes")
-        torch.cuda.empty_cache()  # eval.py may need it
-        for arguments in (["--task", s.score], ["--sample", "", "--n", "5"]) if s.score and p.rank == 0 else ():
-            p.say("python", shlex.join(command := [os.path.relpath(Path(__file__).with_name("eval.py")), s.out_dir, *arguments]))
-            if subprocess.run([sys.executable, *command]).returncode:
-                raise UserError(f"{run}: trained and saved, but the evaluation above failed; repeat it by hand")
-    code = 128 + (stop[0] if stop else signal.SIGTERM) if halt else 0
-    if halt or p.world > 1:  # to take torch.distributed down aborts one process in fifty (2.13, gloo)
-        (os._exit if p.world > 1 else sys.exit)(code)
+        # log
+        log.add(step, micro_batches, losses, norm)
+        if step % s.log_every == 0 or step in (start + 1, schedule.steps):
+            log.write(step, lr, mask_rate)
+
+        # evaluate on the dev tokens: objectives of the run, and CLM and MLM for comparison
+        if step % (s.eval_every or schedule.steps_per_epoch) == 0 or step == schedule.steps:
+            names = [name for name in OBJECTIVES if name in ("CLM", "MLM", *schedule.objectives)]
+            dev_losses = evaluate(model, dev, s, names, processes, autocast)
+            log.write_dev(step, dev_losses)
+
+        # save
+        if step % s.save_every == 0 or schedule.is_milestone(step, s.babylm_rules):
+            log.read()  # ends the run, before anything is saved, if a loss was not finite
+            run.save(step, model, optimizers, skipped=log.skipped)
+
+    # -------------------------------------------------------------------------------------- the end
+    if stopped and step > start:
+        log.read()
+        run.save(step, model, optimizers, skipped=log.skipped)
+    processes.wait()  # none leaves while another is at work
+    if stopped:
+        again = shlex.join([*(arg for arg in sys.argv if arg != "--resume"), "--resume"])
+        processes.print(f"stopped after step {step}; go on with: python {again}")
+        leave(processes, signals.exit_code())
+    minutes = (time.time() - log.started) / 60
+    processes.print(f"trained {run.path} in {minutes:.1f} minutes")
+    leave(processes, 0)
 
 
 if __name__ == "__main__":
-    try:
-        train(s := config.load(Settings, sys.argv[1:]))
-        sys.exit()
-    except UserError as e:
-        line = e
-    except KeyboardInterrupt:  # while it starts; from the first step on signals are handled
-        sys.exit(130)
-    except OSError as e:
-        line = f"{e.filename or s.out_dir}: {e.strerror}; finished checkpoints are whole: mend this, then go on with --resume"
-    except torch.OutOfMemoryError:
-        line = f"process {os.environ.get('RANK', 0)}: the GPU's memory is full; lower --micro_rows, the batch stays the same"
-    except RuntimeError as e:
-        if "gloo" not in str(e):
-            raise
-        line = f"process {os.environ['RANK']}: lost contact with another one; go on from the newest checkpoint with --resume"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once the first process has said it, torchrun ends the others
-    time.sleep(3 * (os.environ.get("LOCAL_RANK", "0") != "0"))
-    sys.exit(f"train.py: {line}")
+    with errors_in_one_line():
+        train(config.load(Settings, sys.argv[1:]))

@@ -1,194 +1,318 @@
-"""Checkpoints and run folders."""
+"""Checkpoints, and the folder of a run: what must survive a kill at any moment."""
 
 import fcntl
 import hashlib
 import json
-import math
-import os
 import pickle
-import re
 import sys
 import zipfile
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from antlm.distributed import Processes
-from antlm.files import write_whole
-from antlm.tokenizer import BOUNDARIES, Tokenizer
-from config import UserError
+from antlm.distributed import Processes, launch_name, started_by_torchrun
+from antlm.files import write_json, write_whole
+from antlm.tokenizer import Tokenizer
+from config import UserError, require
 from model import ModelConfig, Transformer
-from schedule import parse
+
+ROOT = Path(__file__).parent.parent
 
 
-def digest(content, most: float = math.inf) -> str:
-    """SHA-256 over plain data and the bytes of every tensor in it, so that one flipped bit shows.
-
-    Raises ValueError beyond `most` values and bytes: lists in lists and views can claim any number of them.
-    """
-    h, left = hashlib.sha256(), most
-
-    def walk(x):
-        nonlocal left
-        left -= 1 + (x.numel() * x.element_size() if isinstance(x, Tensor) else 0)
-        if left < 0:
-            raise ValueError("claims more than the file holds")
-        h.update(type(x).__name__.replace("OrderedDict", "dict").encode())
-        if isinstance(x, Tensor):
-            h.update(f"{x.dtype}{tuple(x.shape)}{'grad' * x.requires_grad}".encode())
-            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(x, dict):
-            for key, value in x.items():
-                h.update(repr(key).encode())
-                walk(value)
-        elif isinstance(x, (list, tuple)):
-            for value in x:
-                walk(value)
-        else:
-            h.update(repr(x).encode())
-        h.update(b";")
-
-    walk(content)
-    return h.hexdigest()
+# ------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path: Path, model: Transformer, **content):
-    """Write the model and plain content to one file that is either whole or not there; raises OSError."""
-    content |= {"config": asdict(model.config), "model": dict(model.state_dict())}
-    content["sha256"] = digest(content)
-    write_whole(path, lambda f: torch.save(content, f))
+    """Write the model and plain data to one file, which is either whole or not there."""
+    content["config"] = asdict(model.config)
+    content["model"] = dict(model.state_dict())
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> dict:
-    """Content of a checkpoint as plain data, its checksum verified; raises UserError. No code in it is run."""
+    """Return the content of a checkpoint as plain data; no code in it is run.
+
+    Raises UserError where the file is missing, damaged or not one of ours.
+    """
     try:
-        size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as z:  # torch.load would unpack a record of a thousand times its size
-            if sum(record.file_size for record in z.infolist()) > size:
-                raise ValueError("claims more than the file holds")
+        # torch.save writes a checksum of every record, which torch.load does not look at
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        require(damaged is None, f"{path}: damaged, the checksum of {damaged} does not match")
         content = torch.load(path, map_location=device, weights_only=True)
-        whole = isinstance(content, dict) and content.pop("sha256", None) == digest(content, most=2 * size)  # tied: twice
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        require(isinstance(content, dict), f"{path}: not a checkpoint of train.py")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: damaged, or holds code or objects where plain data was expected; not loaded") from None
-    except Exception as e:  # torch.load raises whatever a damaged file makes it run into
-        first = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
-        raise UserError(f"{path}: damaged, or not a checkpoint of train.py ({first})") from None
-    if not whole:
-        raise UserError(f"{path}: damaged, its checksum does not match; use the checkpoint before it")
+        raise UserError(f"{path}: damaged, or it holds code, which is not loaded") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make torch.load and zipfile raise anything
+        reason = one_line(error)
+        raise UserError(f"{path}: damaged, or not a checkpoint of train.py ({reason})") from None
     return content
 
 
+def one_line(error: Exception) -> str:
+    """The kind of an error and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run folder, newest first."""
-    return sorted((f for f in Path(run).glob("step_*.pt") if f.stem[5:].isdecimal()), key=lambda f: -int(f.stem[5:]))
+    """Return the checkpoints of a run folder, newest first."""
+    files = [file for file in Path(run).glob("step_*.pt") if file.stem[5:].isdecimal()]
+    return sorted(files, key=step_of, reverse=True)
 
 
-def load_newest(run: Path, say=print) -> tuple[Path | None, dict | None]:
-    """Path and content of the newest whole checkpoint; no content without a whole one, no path without any."""
-    path = None
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def load_newest(run: Path, warn: Callable = print) -> tuple[Path | None, dict | None]:
+    """Return path and content of the newest whole checkpoint of a run, (None, None) without one.
+
+    Damaged ones are named and passed over.
+    """
     for path in checkpoints(run):
         try:
             return path, load_checkpoint(path)
-        except UserError as e:
-            say(f"skipped {e}")
-    return path, None
+        except UserError as error:
+            warn(f"skipped {error}")
+    return None, None
 
 
-def load_model(content: dict, device: str = "cpu", name: str | Path = "checkpoint") -> Transformer:
-    """The model of a loaded checkpoint, in eval mode; raises UserError, which starts with name.
+def load_model(content: dict, device: str = "cpu", path: Path | str = "checkpoint") -> Transformer:
+    """Return the model of a loaded checkpoint, in evaluation mode.
 
-    What the settings claim is compared with the weights at hand before any of it is built.
+    Raises UserError, which begins with `path`, where its sizes and weights do not fit model.py.
     """
     try:
-        config, weights = content["config"], content["model"]
-        c, n = ModelConfig(**config), sum(w.numel() for w in weights.values())
-        if c.n_embd * max(c.vocab_size, c.n_embd, c.n_ff) > n:
-            raise ValueError(f"claims larger matrices than its {n:,} weights")
-        one = Transformer(ModelConfig(**config | {"n_layer": 1}))
-        expected, block = dict(one.state_dict()), dict(one.blocks[0].state_dict())
-        if len(weights) != len(expected) + (c.n_layer - 1) * len(block):
-            raise ValueError(f"{len(weights)} weights are not those of {c.n_layer} layers")
-        expected |= {f"blocks.{i}.{key}": p for i in range(1, c.n_layer) for key, p in block.items()}
-        for key, p in expected.items():
-            if weights[key].shape != p.shape or not weights[key].is_floating_point():
-                raise ValueError(f"{key} must hold floating-point numbers of shape {tuple(p.shape)}")
-        model = Transformer(c)
-        model.load_state_dict(weights)
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:150]
-        raise UserError(f"{name}: not a checkpoint of this model.py ({type(e).__name__}: {reason})") from None
+        model = Transformer(ModelConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
+        reason = one_line(error)
+        raise UserError(f"{path}: not a checkpoint of this model.py ({reason})") from None
     return model.to(device).eval()
 
 
-# Settings that may differ when a run goes on; all others would make it a different run.
-FREE = {"corpus", "out_dir", "resume", "prepare", "score", "micro_rows", "skip_nonfinite", "log_every", "eval_every",
-        "eval_rows", "save_every", "keep", "babylm_rules", "device", "precision", "compile"}
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file: the identity of a checkpoint."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_run(run: Path, s, corpus, p: Processes):
-    """Lock the run folder, write down what this run is -> lock's file; path and content of the newest whole checkpoint."""
-    (run / "source" / "config").mkdir(parents=True, exist_ok=True)
-    (run / "source" / "antlm").mkdir(exist_ok=True)
-    lock, found = open(run / "lock", "ab+", buffering=0), checkpoints(run)
-    if p.rank == 0:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when this process dies
-        except BlockingIOError:
-            raise UserError(f"{run}: another train.py is at work in it; wait for its end or choose another --out_dir") from None
-        except OSError as e:
-            p.say(f"{run}: its file system has no locks ({e.strerror}); do not start a second run in it")
-        launch = f"{os.uname().nodename} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}".encode()
-        if "TORCHELASTIC_RUN_ID" in os.environ and (run / "lock").read_bytes() == launch:  # by the same torchrun
-            s.resume = True
-            p.say(f"{run}: started again by torchrun, so --resume")
-        if found and not s.resume:
-            raise UserError(f"{run}: holds a run already ({found[0].name}); go on with --resume or choose another --out_dir")
-        lock.truncate(0)
-        lock.write(launch)
-        for part in (*run.glob(".*.part"), *run.glob("source/**/.*.part")):  # what a kill cut short
-            part.unlink()
-    path, content = load_newest(run, p.say)
-    if content:
-        theirs, ours = asdict(type(s)()) | content["settings"], asdict(s)  # an older run lacks newer settings
-        for name in sorted(ours.keys() - FREE):
-            if theirs[name] != ours[name]:
-                raise UserError(f"{path}: was trained with {name}={theirs[name]!r}, not {ours[name]!r}; "
-                                 "a changed setting needs a new --out_dir")
-        if (content["tokenizer_sha256"], content["tokens_sha256"]) != (corpus.tokenizer.sha256, corpus.meta["train"]["sha256"]):
-            raise UserError(f"{path}: was trained on another corpus or tokenizer than {corpus.folder}")
-    elif path:
-        raise UserError(f"{run}: none of its {len(found)} checkpoints is whole; choose another --out_dir")
-    if p.rank == 0:
-        here, step, metrics = Path(__file__).parent.parent, content["step"] if content else 0, run / "metrics.jsonl"
-        lines = re.finditer(rb'^{"step": (\d+),.*}\n', metrics.read_bytes() if metrics.exists() else b"", re.M)
-        write_whole(metrics, lambda f: f.writelines(line[0] for line in lines if int(line[1]) <= step))
-        write_whole(run / "settings.json", lambda f: f.write(json.dumps(asdict(s), indent=1).encode()))
-        write_whole(run / "tokenizer.json", lambda f: f.write((corpus.folder / "tokenizer.json").read_bytes()))
-        for file in (*here.glob("*.py"), *here.glob("config/*.py"), *here.glob("antlm/*.py")):  # a result carries the code that made it
-            write_whole(run / "source" / file.relative_to(here), lambda f: f.write(file.read_bytes()))
-    return lock, path, content
+@dataclass
+class LoadedRun:
+    """A checkpoint with all that is needed to use its model."""
+
+    path: Path
+    content: dict
+    model: Transformer
+    tokenizer: Tokenizer
+
+    @property
+    def settings(self) -> dict:
+        return self.content["settings"]
+
+    @property
+    def step(self) -> int:
+        return self.content["step"]
+
+    @property
+    def boundary(self) -> str:
+        return self.content["boundary"]
+
+    @property
+    def schedule(self) -> str:
+        return self.settings["schedule"]
+
+    @property
+    def block_size(self) -> int:
+        return self.settings["block_size"]
 
 
-def load_run(path: str, device: str):
-    """Path, content, model and tokenizer of a checkpoint, or of the newest whole one in a run folder."""
-    if Path(path).is_dir():
-        file, content = load_newest(Path(path), lambda *text: print(*text, file=sys.stderr))
-        if not content:
-            raise UserError(f"{path}: holds no whole checkpoint (step_*.pt); train.py writes them")
+def load_run(path: str, device: str | torch.device = "cpu") -> LoadedRun:
+    """Load a checkpoint, or the newest whole one of a run folder, with the tokenizer beside it.
+
+    Raises UserError that names the file which is missing or does not fit the others.
+    """
+    # cudnn's attention plans anew, up to a second, for every new shape, and texts have many
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    file = Path(path)
+    if file.is_dir():
+        file, content = load_newest(file, lambda text: print(text, file=sys.stderr))
+        require(content is not None, f"{path}: holds no whole checkpoint (step_*.pt of train.py)")
     else:
-        file, content = Path(path), load_checkpoint(Path(path))
+        content = load_checkpoint(file)
+
     tokenizer = Tokenizer(file.parent / "tokenizer.json")
-    try:
-        if tokenizer.sha256 != content["tokenizer_sha256"] or tokenizer.vocab_size > content["config"]["vocab_size"]:
-            raise UserError(f"{file.parent}/tokenizer.json: not the one that {file.name} was trained with (sha256)")
-        parse(content["settings"]["schedule"])
-        numbers = content["step"], content["settings"]["block_size"]
-        if any(type(n) is not int or n < 1 for n in numbers) or content["boundary"] not in BOUNDARIES:
-            raise ValueError("step, block_size or boundary")
-        return file, content, load_model(content, device, file), tokenizer
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: not a checkpoint of this train.py ({type(e).__name__}: {e})") from None
+    for key in ("step", "settings", "boundary", "tokenizer_sha256"):
+        require(key in content, f"{file}: not a checkpoint of this train.py, it lacks {key!r}")
+    require(
+        tokenizer.sha256 == content["tokenizer_sha256"],
+        f"{file.parent}/tokenizer.json: not the one that {file.name} was trained with",
+    )
+    return LoadedRun(file, content, load_model(content, device, file), tokenizer)
+
+
+# ----------------------------------------------------------------------------------- the run folder
+
+
+class RunFolder:
+    """The folder of one run: lock, settings, metrics, source and checkpoints.
+
+    Only the first process writes. The lock lasts until this object is gone.
+    """
+
+    def __init__(self, path: str, processes: Processes, resume: bool):
+        self.path = Path(path)
+        self.processes = processes
+        self.path.mkdir(parents=True, exist_ok=True)
+        if processes.rank == 0:
+            self.take_lock()
+            self.refuse_to_overwrite(resume or self.restarted)
+            self.remove_leftovers()
+        processes.wait()
+
+    def take_lock(self):
+        """Lock the folder; raises UserError where another process holds it."""
+        self.lock = open(self.path / "lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another train.py is at work in it; wait for its end or choose "
+                "another --out_dir"
+            ) from None
+        except OSError as error:
+            self.processes.print(
+                f"{self.path}: its file system has no locks ({error.strerror}); do not start a "
+                "second run in it"
+            )
+
+        # torchrun --max-restarts starts the same command again: that means go on
+        self.lock.seek(0)
+        self.restarted = started_by_torchrun() and self.lock.read() == launch_name()
+        if self.restarted:
+            self.processes.print(f"{self.path}: started again by torchrun, so --resume")
+        self.lock.truncate(0)
+        self.lock.write(launch_name())
+        self.lock.flush()
+
+    def refuse_to_overwrite(self, resume: bool):
+        for newest in checkpoints(self.path)[:1]:
+            require(
+                resume,
+                f"{self.path}: holds a run already ({newest.name}); go on with --resume or choose "
+                "another --out_dir",
+            )
+
+    def remove_leftovers(self):
+        """Remove the unfinished files of a process that was killed."""
+        for part in self.path.glob("**/.*.part"):
+            part.unlink()
+
+    def newest(self, settings, free: set[str], corpus) -> dict | None:
+        """Return the content of the checkpoint to go on from; None for a new run.
+
+        free: names of settings that may differ from those of the checkpoint
+        Raises UserError where another setting, corpus or tokenizer made it, or where the processes
+        do not all find the same one.
+        """
+        path, content = load_newest(self.path, self.processes.print)
+        step = content["step"] if content else 0
+        require(
+            self.processes.sum([step]) == [step * self.processes.world],
+            f"{self.path}: not all processes find the same checkpoint in it; it must be one "
+            "folder for all",
+        )
+        if content is None:
+            n = len(checkpoints(self.path))
+            require(
+                n == 0,
+                f"{self.path}: none of its {n} checkpoints is whole; choose another --out_dir",
+            )
+            return None
+
+        saved = asdict(type(settings)()) | content["settings"]  # an older run lacks newer settings
+        for name, value in asdict(settings).items():
+            require(
+                name in free or saved[name] == value,
+                f"{path}: was trained with {name}={saved[name]!r}, not {value!r}; a changed "
+                "setting needs a new --out_dir",
+            )
+        for key, value in identity(corpus).items():
+            require(
+                content[key] == value,
+                f"{path}: was trained on another corpus or tokenizer than {corpus.folder} ({key})",
+            )
+        return content
+
+    def begin(self, settings, corpus, schedule, step: int):
+        """Write down what this run is, and drop the metrics of steps that will be done again."""
+        self.settings = settings
+        self.schedule = schedule
+        self.identity = identity(corpus)
+        if self.processes.rank:
+            return
+        self.keep_metrics(step)
+        write_json(self.path / "settings.json", asdict(settings))
+        self.copy(corpus.folder / "tokenizer.json", "tokenizer.json")
+        # a result carries the code that made it
+        for pattern in ("*.py", "config/*.py", "antlm/*.py"):
+            for file in ROOT.glob(pattern):
+                self.copy(file, f"source/{file.relative_to(ROOT)}")
+
+    def copy(self, source: Path, name: str):
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, lambda file: file.write(source.read_bytes()))
+
+    def keep_metrics(self, step: int):
+        """Keep the lines of metrics.jsonl up to a step; a kill may have cut the last one short."""
+        metrics = self.path / "metrics.jsonl"
+        kept = []
+        if metrics.exists():
+            for line in metrics.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"}\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+        write_whole(metrics, lambda file: file.writelines(kept))
+
+    def record(self, **entry):
+        """Append a line to metrics.jsonl."""
+        if self.processes.rank == 0:
+            # opened anew for each line, so that a folder that is gone is noticed
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(self, step: int, model: Transformer, optimizers: list, **content):
+        """Write a checkpoint; keep the newest few, and for good those of phase ends and marks."""
+        if self.processes.rank:
+            return
+        save_checkpoint(
+            self.path / f"step_{step:07}.pt",
+            model,
+            step=step,
+            words=self.schedule.words(step),
+            settings=asdict(self.settings),
+            optimizer=[optimizer.state_dict() for optimizer in optimizers],
+            **self.identity,
+            **content,
+        )
+        # later ones than this are damaged: resume went back before them
+        earlier = [file for file in checkpoints(self.path) if step_of(file) <= step]
+        for file in earlier[self.settings.keep :]:
+            if not self.schedule.is_milestone(step_of(file), self.settings.babylm_rules):
+                file.unlink()
+
+
+def identity(corpus) -> dict:
+    """What a checkpoint stores of its corpus: hashes of tokenizer and tokens, and the boundary."""
+    return {
+        "tokenizer_sha256": corpus.tokenizer.sha256,
+        "tokens_sha256": corpus.meta["train"]["sha256"],
+        "boundary": corpus.boundary,
+    }

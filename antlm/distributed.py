@@ -1,69 +1,170 @@
-"""The processes of torchrun, and the device of each."""
+"""The processes that torchrun started, the device of each, and how they end."""
 
 import ctypes
 import os
+import signal
+import sys
 import time
-from uuid import uuid4
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from config import UserError
+from config import UserError, program_name, require
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of this name, or for "auto" the fastest there is.
+
+    Raises UserError where torch finds no such device.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, exists in available.items() if exists)
+    require(available[name], f"device = {name!r}, but torch finds none; choose cpu or auto")
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 faster than in float32.
+
+    A CPU with instructions for it is up to four times as fast; one without is slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def keep_freed_memory():
+    """Ask glibc to keep memory that is freed: the next step wants it, and paging it in is slow.
+
+    Worth up to a sixth of a step's time on a CPU.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD = -1
+        M_MMAP_MAX = -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Processes:
-    """This process among those that torchrun started; alone without torchrun."""
+    """This process among those that torchrun started; alone without torchrun.
+
+    rank, world: the number of this process, and of how many
+    device: this process's own
+    """
 
     def __init__(self, device: str):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        device = next(d for d in found if found[d]) if device == "auto" else device
-        if not found[device]:
-            raise UserError(f"device = {device!r}, but torch finds none; choose cpu or auto")
-        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-        if device == "cuda":
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = find_device(device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        # A CPU with instructions for it multiplies matrices in bfloat16 up to four times as fast; one without is slower.
-        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-        self.fast_bf16 = any(map(cpu.get, ("avx512_bf16", "amx_bf16"))) or device == "cuda" and torch.cuda.is_bf16_supported(False)
-        if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # Memory that glibc gives back, the next step has to page in again: up to a sixth of its time.
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        if self.world > 1:  # small host-side numbers travel by gloo, so that no step waits for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=self.fresh_store(),
-                                    rank=self.rank, world_size=self.world)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if self.world > 1:
+            # numbers of the host travel by gloo, so that no step waits for the GPU
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
 
-    def fresh_store(self) -> dist.Store:
-        """torchrun's store under a name new at each start: after a failure it still holds the addresses of the dead."""
-        # Each process asks in a name of its own; the first answers with its own until all have come.
-        store, name = next(dist.rendezvous("env://"))[0], uuid4().hex
-        if self.rank:
-            store.set(f"ask/{self.rank}", name)
-            name = store.get(name).decode()
-            store.set(f"{name}/{self.rank}", "")
-        for rank in range(1, self.world) if self.rank == 0 else ():
-            while not store.check([f"{name}/{rank}"]):  # the first to be answered may be dead
-                store.set(store.get(f"ask/{rank}").decode(), name)
-                time.sleep(0.01)
-        return dist.PrefixStore(name, store)
-
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes."""
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Return each number summed over all processes; they wait for each other."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def say(self, *text):
+    def wait(self):
+        """Wait until all processes have come here."""
+        self.sum([0])
+
+    def print(self, *text):
+        """Print in the first process only."""
         if self.rank == 0:
             print(*text, flush=True)
 
+    def describe_device(self) -> str:
+        if self.device.type == "cuda":
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        return f"{self.device} ({torch.get_num_threads()} threads)"
 
-def pick_device(name: str) -> str:
-    """The device to score on, set up for rows of many lengths; raises UserError where torch does not find it."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to a second, for every new shape
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(d for d in found if found[d]) if name == "auto" else name
-    if not found[device]:
-        raise UserError(f"--device {name}: torch finds none; choose cpu or auto")
-    return device
+
+class StopSignals:
+    """Take note of Ctrl-C and SIGTERM, so that the step in progress can be finished and saved."""
+
+    def __init__(self):
+        self.received = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.received.append(number)
+        # A second one ends the process at once; not under torchrun, which repeats what the
+        # terminal has sent already.
+        if not started_by_torchrun():
+            signal.signal(number, signal.SIG_DFL)
+
+    def exit_code(self) -> int:
+        """128 plus the signal; another process may have received it."""
+        number = self.received[0] if self.received else signal.SIGTERM
+        return 128 + number
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch_name() -> str:
+    """A name that processes share exactly if the same call of torchrun started them."""
+    return f"{os.uname().nodename} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
+
+
+def leave(processes: Processes, code: int):
+    """End this process once all have come to their end."""
+    if processes.world > 1:
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+@contextmanager
+def errors_in_one_line():
+    """End the program with one line where the user or the machine is at fault."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:  # while it starts; later Ctrl-C is handled
+        sys.exit(130)
+    except UserError as error:
+        line = str(error)
+    except OSError as error:
+        line = (
+            f"{error.filename}: {error.strerror}; finished checkpoints are whole: mend this, "
+            "then go on with --resume"
+        )
+    except torch.OutOfMemoryError:
+        line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        line = (
+            f"process {os.environ['RANK']}: lost contact with another one; go on from the newest "
+            "checkpoint with --resume"
+        )
+    # torchrun ends all processes once one has failed: the first on each node is to say why
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(3)
+    sys.exit(f"{program_name()}: {line}")

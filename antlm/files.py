@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 
-def json_write(path: Path, content: dict):
+def write_json(path: Path, content: dict):
     text = json.dumps(content, ensure_ascii=False, indent=1)
     Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # for a path that is not UTF-8
 

@@ -1,53 +1,215 @@
-"""What the model computes, as fast as this machine does it."""
+"""What a step spends its time on, as fast as this machine does it.
+
+Each fast form stands below the plain formula that it equals; tests compare the two.
+In comments: B rows, T tokens a row, D width, H heads, d = D / H, V vocabulary.
+"""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target with this value is not scored
+from antlm import IGNORE
+
+# --------------------------------------------------------------------------------------- dropout
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout(x, p), p to the nearest 65,536th; on a CPU, where random numbers are dear, one serves four elements."""
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    drop, most = min(round(p * 65536), 65535), 2 ** 63 - 1
-    bits = torch.randint(-most, most, (-(-x.numel() // 4),)).view(torch.int16)[:x.numel()].view(x.shape)
-    return x * (bits >= drop - 32768).to(x.dtype).mul_(65536 / (65536 - drop))
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Zero each element with probability `rate` and scale up the rest, as F.dropout does.
+
+    On a CPU random numbers are dear: one of 64 bits serves four elements, so there the rate is
+    taken to the nearest 65,536th.
+    """
+    if rate == 0 or x.device.type != "cpu":
+        return F.dropout(x, rate)
+    n_dropped = min(round(rate * 65536), 65535)  # of the 65,536 values that 16 bits can have
+    largest = 2**63 - 1
+    bits = torch.randint(-largest, largest, (math.ceil(x.numel() / 4),)).view(torch.int16)
+    bits = bits[: x.numel()].view(x.shape)
+    kept = bits >= n_dropped - 32768
+    return x * kept.to(x.dtype).mul_(65536 / (65536 - n_dropped))
 
 
-class VocabularyLoss(torch.autograd.Function):
-    """Summed cross-entropy in nats of vocabulary logits that never stand in memory at once.
+# ------------------------------------------------------------------------------------- attention
 
-    Every chunk leaves its gradients behind in the forward pass, for each is linear in that of the loss. torch's
-    linear_cross_entropy does the same, but breaks a compiled graph (2.13).
+
+def plain_attention(q, k, v, *, hidden=None, bias=None, scale=None, rate=0.0) -> Tensor:
+    """Softmax attention as the formula reads; the arguments are those of attention."""
+    if scale is None:
+        scale = q.size(-1) ** -0.5
+    score = (q * scale) @ k.mT
+    mask = additive_mask(q, hidden, bias)
+    if mask is not None:
+        score = score + mask
+    return dropout(score.softmax(-1), rate) @ v
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    triangle: bool = False,
+    hidden: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    rate: float = 0.0,
+) -> Tensor:
+    """Return softmax attention, by the fastest kernel that this machine has for it.
+
+    q (B, H, Tq, d), k and v (B, H, Tk, d); the result is (B, H, Tq, d)
+    hidden: broadcasts to (B, H, Tq, Tk), True where a key is not seen
+    triangle: whether `hidden` is exactly the triangle of later keys, which kernels know by heart
+    bias: broadcasts to (B, H, Tq, Tk), added to the scaled scores
+    rate: dropout of the probabilities
+    """
+    # On a CPU torch 2.13's kernel is slow with dropout, and in bfloat16 takes four times as long
+    # as products for rows of 128 tokens, the same from 1024 on.
+    if q.device.type == "cpu":
+        short_bfloat16 = q.dtype == torch.bfloat16 and k.size(-2) <= 512
+        if rate > 0 or short_bfloat16:
+            return plain_attention(q, k, v, hidden=hidden, bias=bias, scale=scale, rate=rate)
+    if triangle and bias is None:
+        return F.scaled_dot_product_attention(q, k, v, None, rate, is_causal=True, scale=scale)
+    mask = additive_mask(q, hidden, bias)
+    return F.scaled_dot_product_attention(q, k, v, mask, rate, scale=scale)
+
+
+def additive_mask(q: Tensor, hidden: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Return what is to be added to scores: the bias, and minus infinity where a key is hidden."""
+    if hidden is None:
+        return bias
+    if bias is None:
+        bias = q.new_zeros(())
+    return bias.masked_fill(hidden, float("-inf"))
+
+
+# ------------------------------------------------------- scores of LTG-BERT's relative positions
+
+
+def plain_position_scores(x: Tensor, table: Tensor) -> Tensor:
+    """Look up a table row for every (i, j), which takes a tensor of n * m * d for each head."""
+    n = x.size(-2)
+    m = table.size(-2) - n
+    i = torch.arange(n, device=x.device)[:, None]
+    j = torch.arange(m, device=x.device)
+    return torch.einsum("bhid,hijd->bhij", x, table[:, n - 1 + j - i])
+
+
+def position_scores(x: Tensor, table: Tensor) -> Tensor:
+    """Return x_i . table[n - 1 + j - i] for every query i and key j, without a lookup.
+
+    x (B, H, n, d), table (H, n + m, d); the result is (B, H, n, m)
+    """
+    # y[i, c] = x_i . table[c]: one product for all rows of the batch, or the table would be
+    # copied for each of them
+    y = x.transpose(0, 1).flatten(1, 2) @ table.mT
+    y = y.unflatten(1, (x.size(0), -1))  # (H, B, n, n + m)
+
+    # Wanted is column c = n - 1 + j - i of row i: each row begins one column before the row above.
+    # In memory the rows lie end to end, so with a width of one less every row moves by one column:
+    #
+    #     n = m = 3, columns 0 to 5                the same numbers from the third on, five a line
+    #     row 0    .  .  2  3  4  .                     2  3  4  .  .
+    #     row 1    .  1  2  3  .  .                     1  2  3  .  .
+    #     row 2    0  1  2  .  .  .                     0  1  2  .  .
+    #
+    n, width = y.shape[-2:]
+    y = y.flatten(-2)[..., n - 1 : -1]
+    y = y.unflatten(-1, (n, width - 1))
+    return y[..., : width - n].transpose(0, 1)
+
+
+# --------------------------------------------------------------------------- loss of the vocabulary
+
+
+def plain_vocabulary_loss(x, weight, bias, targets, weights=None) -> Tensor:
+    """Sum the cross-entropy as the formula reads; the arguments are those of vocabulary_loss."""
+    logits = F.linear(x, weight, bias).flatten(0, 1).float()
+    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
+    if weights is not None:
+        losses = losses * weights.flatten()
+    return losses.sum()
+
+
+def vocabulary_loss(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Return the summed cross-entropy in nats without holding all logits in memory.
+
+    x (B, K, D), weight (V, D), bias (V,) or None
+    targets (B, K), where IGNORE is not scored; weights (B, K) multiply each target's loss
+    """
+    needs_grad = torch.is_grad_enabled()
+    return ChunkedLoss.apply(x, weight, bias, targets, weights, needs_grad)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """vocabulary_loss, chunk by chunk.
+
+    Each chunk of logits leaves its gradient behind in the forward pass, since the gradient is only
+    scaled later. torch's linear_cross_entropy does the same, but breaks a compiled graph (2.13).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learns: bool) -> Tensor:
-        """x (B, K, D), weight (V, D), bias (V,) or None, targets (B, K) or IGNORE; may backward follow? -> a scalar."""
-        # Whole rows: Inductor (2.13, CPU) leaves the end of a chunk unwritten that K does not divide.
-        device, rows = x.device.type, max(-(-512 // x.size(1)), -(-len(x) // 8))
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    def forward(ctx, x, weight, bias, targets, weights, needs_grad):
+        # about 512 positions a chunk, at most eight chunks; of rows as they are, because Inductor
+        # (2.13, CPU) leaves the end of a chunk unwritten that the row length does not divide
+        device = x.device.type
+        chunk_rows = max(math.ceil(512 / x.size(1)), math.ceil(len(x) / 8))
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        loss_dtype = torch.promote_types(dtype, torch.float32)
+        factor = targets != IGNORE
+        if weights is not None:
+            factor = factor * weights
+
+        loss = x.new_zeros((), dtype=loss_dtype)
+        grad_x = []
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = None
+        if bias is not None:
+            grad_bias = torch.zeros_like(bias)
+            bias = bias.to(dtype)
+
         with torch.autocast(device, enabled=False):
-            h, w, wide = x.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
-            loss, dx, dw = x.new_zeros((), dtype=wide), [], torch.zeros_like(weight)
-            db = None if bias is None else torch.zeros_like(bias)
-            for h_c, t in zip(h.split(rows), targets.split(rows)):
-                h_c, scored, t = h_c.flatten(0, 1), (t != IGNORE).view(-1, 1), t.clamp(min=0).view(-1, 1)
-                logits = F.linear(h_c, w, None if bias is None else bias.to(dtype)).to(wide)
+            hidden_states = x.to(dtype)
+            matrix = weight.to(dtype)
+            chunks = zip(
+                hidden_states.split(chunk_rows),
+                targets.split(chunk_rows),
+                factor.split(chunk_rows),
+                strict=True,
+            )
+            for h, target, scale in chunks:
+                h = h.flatten(0, 1)
+                scale = scale.reshape(-1, 1)
+                target = target.clamp(min=0).view(-1, 1)  # an IGNORE needs some column, too
+
+                # -log p(target) = log sum exp(logits) - logits[target]
+                logits = F.linear(h, matrix, bias).to(loss_dtype)
                 total = logits.logsumexp(-1, keepdim=True)
-                loss = loss + ((total - logits.gather(1, t)) * scored).sum()
-                if learns:  # softmax - one-hot
-                    gradient = logits.sub_(total).exp_().scatter_add_(1, t, torch.full_like(total, -1)).mul_(scored)
-                    db = None if bias is None else db + gradient.sum(0)
-                    gradient = gradient.to(dtype)
-                    dx.append(gradient @ w)
-                    dw += gradient.T @ h_c
-        if learns:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype).view_as(x), dw, db)
+                loss = loss + ((total - logits.gather(1, target)) * scale).sum()
+                if not needs_grad:
+                    continue
+
+                # d loss / d logits = softmax(logits) - one_hot(target)
+                grad = logits.sub_(total).exp_()
+                grad = grad.scatter_add_(1, target, torch.full_like(total, -1)).mul_(scale)
+                if grad_bias is not None:
+                    grad_bias = grad_bias + grad.sum(0)
+                grad = grad.to(dtype)
+                grad_x.append(grad @ matrix)
+                grad_weight += grad.T @ h
+
+        if needs_grad:
+            grad_x = torch.cat(grad_x).to(x.dtype).view_as(x)
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return loss
 
     @staticmethod
-    def backward(ctx, scale: Tensor):
-        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None
+    def backward(ctx, grad_loss):
+        grads = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
+        return *grads, None, None, None

@@ -1,10 +1,14 @@
-"""Optimizers, and a step that a gradient which is not finite cannot spoil."""
+"""Optimizers, which weights decay, and a step that a gradient which is not finite cannot spoil."""
 
 import torch
+from torch import Tensor, nn
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020) as ltg-bert runs it: corrected moments, the trust ratio only where weights decay."""
+    """LAMB with bias-corrected moments and a trust ratio only where weights decay.
+
+    Source: You et al. 2020, as ltg-bert runs it.
+    """
 
     def __init__(self, params, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -12,61 +16,128 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, (beta1, beta2) = group["params"], group["betas"]
+            params = group["params"]
+            beta1, beta2 = group["betas"]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    self.state[p]["step"] = 0
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
                 self.state[p]["step"] += 1
-            grads, t = [p.grad for p in params], self.state[params[0]]["step"]
-            m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
-            torch._foreach_lerp_(m, grads, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            scale = torch._foreach_div(v, 1 - beta2 ** t)
+            step = self.state[params[0]]["step"]
+            grads = [p.grad for p in params]
+            means = [self.state[p]["exp_avg"] for p in params]
+            squares = [self.state[p]["exp_avg_sq"] for p in params]
+
+            # moments of the gradient; _foreach_ does for all tensors what its name says for one
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+
+            # update = corrected mean / (sqrt(corrected square) + eps) + decay * weight
+            scale = torch._foreach_div(squares, 1 - beta2**step)
             torch._foreach_sqrt_(scale)
             torch._foreach_add_(scale, group["eps"])
-            update = torch._foreach_div(torch._foreach_div(m, 1 - beta1 ** t), scale)
+            update = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), scale)
             if group["weight_decay"]:
                 torch._foreach_add_(update, params, alpha=group["weight_decay"])
-                weight_norm, update_norm = torch._foreach_norm(params), torch._foreach_norm(update)
-                ratio = [torch.where((w > 0) & (u > 0), w / u, 1.0) for w, u in zip(weight_norm, update_norm)]
-                torch._foreach_mul_(update, ratio)
+                torch._foreach_mul_(update, trust_ratios(params, update))
             torch._foreach_add_(params, update, alpha=-group["lr"])
 
 
-def make_optimizers(model: torch.nn.Module, s, device: torch.device) -> list[torch.optim.Optimizer]:
-    """One optimizer, or for muon two; matrices decay, embeddings, biases and norms do not."""
-    named = dict(model.named_parameters())
-    decay = {name: p for name, p in named.items() if p.dim() == 2 and not name.startswith("embedding.")}
-    plain = [p for name, p in named.items() if name not in decay]
-    optimizers, adam = [], dict(lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps)
-    if s.optimizer == "muon":  # for the hidden matrices only (Jordan et al. 2024), with step sizes like AdamW's
-        hidden = [decay.pop(name) for name in [*decay] if name.startswith("blocks.")]
-        optimizers = [torch.optim.Muon(hidden, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")]
-    groups = [dict(params=[*decay.values()], weight_decay=s.weight_decay), dict(params=plain, weight_decay=0.0)]
-    if s.optimizer == "lamb":
-        return [Lamb(groups, **adam)]
-    return optimizers + [torch.optim.AdamW(groups, **adam, fused=device.type != "mps")]
+def trust_ratios(params: list[Tensor], update: list[Tensor]) -> list[Tensor]:
+    """Return |weight| / |update| of each tensor, and 1 where one of the two is zero."""
+    ratios = []
+    norms = zip(torch._foreach_norm(params), torch._foreach_norm(update), strict=True)
+    for weight_norm, update_norm in norms:
+        usable = (weight_norm > 0) & (update_norm > 0)
+        ratios.append(torch.where(usable, weight_norm / update_norm, 1.0))
+    return ratios
+
+
+def adamw(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
+    groups = decay_groups(hidden + other, plain, settings)
+    return [torch.optim.AdamW(groups, **adam_arguments(settings), fused=fused)]
+
+
+def lamb(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
+    return [Lamb(decay_groups(hidden + other, plain, settings), **adam_arguments(settings))]
+
+
+def muon(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
+    """Muon for the hidden matrices, AdamW for the rest (Jordan et al. 2024).
+
+    match_rms_adamw makes its steps as long as AdamW's, so that one learning rate serves both.
+    """
+    optimizer = torch.optim.Muon(
+        hidden, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [optimizer, *adamw([], other, plain, settings, fused)]
+
+
+# Each takes the blocks' matrices, the other matrices that decay, the parameters that do not decay,
+# the settings and whether torch has fused kernels; it returns one optimizer or several.
+OPTIMIZERS = {"adamw": adamw, "lamb": lamb, "muon": muon}
+
+
+def decay_groups(decayed: list, plain: list, settings) -> list[dict]:
+    return [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def adam_arguments(settings) -> dict:
+    return dict(lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+
+
+def make_optimizers(model: nn.Module, settings, device: torch.device) -> list:
+    """Return the optimizers that a row of OPTIMIZERS makes.
+
+    Matrices decay; embeddings, biases and norms do not: what they hold has no scale to shrink to.
+    """
+    hidden = []
+    other = []
+    plain = []
+    for name, p in model.named_parameters():
+        if p.dim() != 2 or name.startswith("embedding."):
+            plain.append(p)
+        elif name.startswith("blocks."):
+            hidden.append(p)
+        else:
+            other.append(p)
+    fused = device.type != "mps"
+    return OPTIMIZERS[settings.optimizer](hidden, other, plain, settings, fused)
 
 
 @torch.no_grad()
-def update(optimizers: list[torch.optim.Optimizer], lr: float, norm: torch.Tensor):
-    """One step of the optimizers; where the norm of the gradient is not finite, the weights stay as they are.
+def guarded_step(optimizers: list, lr: float, norm: Tensor):
+    """Take one step of each optimizer, and leave all weights as they are if norm is not finite.
 
-    The device decides, so that the step does not wait for it. Fused AdamW skips such a step as under torch.amp; the
-    others take it with a gradient of zero, so that their moments stay finite, and the weights are put back.
+    norm: of the gradient, on its device, which decides: the host does not wait for it
     """
     bad = ~norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if optimizer.param_groups[0].get("fused"):  # what runs: a checkpoint made on another device may have set it
-            optimizer.found_inf, params = bad.float(), []
-        before = [p.clone() for p in params]
-        for p in params:
-            p.grad.masked_fill_(bad, 0)
-        optimizer.step()
-        for p, old in zip(params, before):
-            torch.where(bad, old, p, out=p)
+        # fused AdamW skips such a step by itself, as under torch.amp; asked of the group, because
+        # a checkpoint that was made on another device may have set it
+        if optimizer.param_groups[0].get("fused"):
+            optimizer.found_inf = bad.float()
+            optimizer.step()
+        else:
+            step_and_restore(optimizer, bad)
         optimizer.zero_grad(set_to_none=True)
+
+
+def step_and_restore(optimizer: torch.optim.Optimizer, bad: Tensor):
+    """Take a step; where it is bad, with a gradient of zero, and put the weights back."""
+    params = []
+    for group in optimizer.param_groups:
+        params += group["params"]
+    before = [p.clone() for p in params]
+    for p in params:
+        p.grad.masked_fill_(bad, 0)  # so that the moments stay finite
+    optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        torch.where(bad, old, p, out=p)

@@ -1,102 +1,149 @@
 """Settings from override files and flags, left to right, both strict.
 
-    load(Settings, ["config/babyllama.py", "--schedule=24_CLM", "--resume"])
+    load(Settings, ["config/babyllama.py", "--schedule=24_CLM", "--lr", "1e-3", "--resume"])
 
-A file is plain Python, run in a namespace of its own; each public name in it must be a setting of the dataclass.
+An override file is plain Python, run in a namespace of its own; each public name in it must be a
+setting of the dataclass. This file also holds the one class of errors that are meant for people.
 """
 
 import difflib
 import inspect
 import re
 import runpy
-import types
+import sys
 from dataclasses import fields
 from pathlib import Path
-
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, bytes that are no UTF-8
+from types import ModuleType
 
 
 class UserError(Exception):
-    """One line for the user: which file or flag, which setting and value, what was expected."""
+    """A mistake of the user's, said in one line: where it is, what was expected, what to do."""
 
-    def __str__(self):  # one line, also where a flag or a file's name holds a newline
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
+def require(ok: bool, message: str):
+    """Raise UserError with this message unless ok."""
+    if not ok:
+        raise UserError(message)
 
 
 def load(cls: type, args: list[str]):
-    """Settings of dataclass cls after all files and flags; raises UserError.
+    """Return the settings of dataclass `cls` after all override files and flags.
 
-    cls.check() raises ValueError for a combination that cannot be, naming the settings in it: the error then says which
-    file or flag set one of them last.
+    Calls cls.check(), which raises UserError for values that cannot be; the file or flag that set
+    one of the settings named in its message last is put in front of it.
+    Prints the settings and ends the program where --help is among the arguments.
     """
-    values, origin = {}, {}
-    for arg in args:
-        found = from_flag(cls, arg) if arg.startswith("--") else from_file(cls, arg)
-        for name in found:
-            values[name] = found[name]
-            origin.pop(name, None)  # to the end of the order
-            origin[name] = arg.partition("=")[0] if arg.startswith("--") else arg
+    if "--help" in args or "-h" in args:
+        print(help_text(cls))
+        sys.exit()
+
+    values = {}
+    origin = {}  # name of a setting: the file or flag that set it, in the order they were given
+    for source, changes in read_arguments(cls, args):
+        for name, value in changes.items():
+            values[name] = value
+            origin.pop(name, None)
+            origin[name] = source
+
     settings = cls(**values)
     try:
         settings.check()
-    except ValueError as e:
-        words = set(re.findall(r"\w+", str(e)))
-        named = [where for name, where in origin.items() if name in words]
-        raise UserError(f"{named[-1] if named else 'settings'}: {e}") from None
+    except UserError as error:
+        words = re.findall(r"\w+", str(error))
+        sources = [source for name, source in origin.items() if name in words]
+        source = sources[-1] if sources else "settings"
+        raise UserError(f"{source}: {error}") from None
     return settings
 
 
-def setting(cls: type, name: str, where: str):
-    known = {f.name: f.type for f in fields(cls)}
+def read_arguments(cls: type, args: list[str]):
+    """Yield what each argument sets: the file or flag, and its settings as a dict."""
+    remaining = list(args)
+    while remaining:
+        arg = remaining.pop(0)
+        if not arg.startswith("--"):
+            yield arg, read_file(cls, arg)
+            continue
+        name, equals, text = arg[2:].partition("=")
+        kind = setting_type(cls, name, arg)
+        if not equals:
+            if kind is bool and remaining[:1] not in (["true"], ["false"]):
+                text = "true"  # --resume alone
+            else:
+                require(len(remaining) > 0, f"{arg}: a value of type {kind.__name__} must follow")
+                text = remaining.pop(0)
+        yield f"--{name}", {name: read_value(kind, text, f"--{name}")}
+
+
+def read_file(cls: type, path: str) -> dict:
+    """Run an override file and return its public names; raises UserError that names the file."""
+    try:
+        namespace = runpy.run_path(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name an override file such as "
+            "config/quickstart.py, or a flag such as --lr=1e-3"
+        ) from None
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid Python ({error.msg})") from None
+    except Exception as error:  # whatever the user's own file raises
+        raise UserError(f"{path}: failed with {type(error).__name__}: {error}") from None
+
+    values = {}
+    for name, value in namespace.items():
+        if name.startswith("_") or isinstance(value, ModuleType):
+            continue
+        kind = setting_type(cls, name, path)
+        if kind is float and type(value) is int:
+            value = float(value)
+        require(
+            type(value) is kind,
+            f"{path}: {name} = {value!r} must be of type {kind.__name__}, "
+            f"not {type(value).__name__}",
+        )
+        values[name] = value
+    return values
+
+
+def read_value(kind: type, text: str, flag: str):
+    """Return the value that a flag's text stands for; raises UserError that names the flag."""
+    if kind is bool:
+        require(text in ("true", "false"), f"{flag}={text}: must be true or false")
+        return text == "true"
+    if kind is tuple:
+        return tuple(part for part in text.split(",") if part)
+    require(kind is not dict, f"{flag}: can only be set in an override file")
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{flag}={text}: must be of type {kind.__name__}") from None
+
+
+def setting_type(cls: type, name: str, source: str) -> type:
+    """Return the type of a setting; raises UserError with the nearest name if there is none."""
+    known = {field.name: field.type for field in fields(cls)}
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"{Path(inspect.getfile(cls)).name} lists them at its top"
-        raise UserError(f"{where}: {name!r} is not a setting; {hint}")
+        hint = "--help lists them"
+        for close in difflib.get_close_matches(name, known, n=1):
+            hint = f"did you mean {close!r}?"
+        raise UserError(f"{source}: {name!r} is not a setting; {hint}")
     return known[name]
 
 
-def from_file(cls: type, path: str) -> dict:
-    try:
-        found = {k: v for k, v in runpy.run_path(path).items()
-                 if not k.startswith("_") and not isinstance(v, types.ModuleType)}
-        shown = {k: " ".join(repr(v).split())[:200] for k, v in found.items()}  # an array's spans lines
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name an override file such as config/quickstart.py, "
-                          "or a flag such as --lr=1e-3") from None
-    except SyntaxError as e:
-        raise UserError(f"{path}:{e.lineno or 1}: not valid Python ({e.msg})") from None
-    except (Exception, SystemExit) as e:  # whatever the user's own file raises
-        raise UserError(f"{path}: failed with {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-    for name, value in found.items():
-        kind = setting(cls, name, path)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{path}: {name}={shown[name]} must be of type {kind.__name__}, "
-                              f"not {type(value).__name__}")
-        found[name] = checked(kind, value, f"{path}: {name}")
-    return found
+def help_text(cls: type) -> str:
+    """The docstring of the program, then every setting with its default and its comment."""
+    lines = [inspect.getmodule(cls).__doc__ or "", "settings, each as --name=value or in a file:"]
+    for line in inspect.getsource(cls).splitlines():
+        setting = re.match(r"    (\w+): \w+ = (.+?)(?:  # (.*))?$", line)
+        heading = re.match(r"    # (.*)", line)
+        if heading:
+            lines.append(f"\n{heading[1]}")
+        if setting:
+            name, default, comment = setting.groups(default="")
+            lines.append(f"  --{name}={default}".ljust(36) + f" {comment}".rstrip())
+    return "\n".join(lines)
 
 
-def checked(kind: type, value, where: str):
-    """The value, a whole number for a float made one; raises UserError at what no later step could hold."""
-    if type(value) is int and abs(value) >= 1 << 63:
-        raise UserError(f"{where}: must fit 64 bits")
-    for text in {str: (value,), tuple: value}.get(kind, ()):
-        if not isinstance(text, str) or UNPRINTABLE.search(text):
-            raise UserError(f"{where}: must be quoted text without control characters, not {ascii(text)[:200]}")
-    return kind(value)
-
-
-def from_flag(cls: type, arg: str) -> dict:
-    name, given, text = arg[2:].partition("=")
-    kind = setting(cls, name, arg)
-    if kind is bool:
-        if text not in ("", "true", "false") or bool(given) != bool(text):
-            raise UserError(f"{arg}: write --{name}, --{name}=true or --{name}=false")
-        return {name: text != "false"}
-    if not given:
-        raise UserError(f"{arg}: write --{name}=VALUE, with VALUE of type {kind.__name__}")
-    try:
-        value = tuple(filter(None, text.split(","))) if kind is tuple else kind(text)
-        return {name: checked(kind, value, arg[:200])}
-    except ValueError:
-        raise UserError(f"{arg}: {text!r} is not of type {kind.__name__}") from None
+def program_name() -> str:
+    """The name of the running program, as its error messages begin with it."""
+    return Path(sys.argv[0]).name

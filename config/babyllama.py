@@ -1,6 +1,8 @@
-# AntLM on BabyLlama 58M: schedule from the paper (arXiv 2412.03275); sizes from BabyLlama (Timiryasov and Tastet 2023),
-# optimizer from the 97M model of its code (lr 7e-4, 2 x 128 rows, 300 warm-up steps; timinar/BabyLlama, config/).
+# AntLM on BabyLlama 58M: schedule from the paper (arXiv 2412.03275), sizes from BabyLlama
+# (Timiryasov and Tastet 2023), optimizer from the 97M model of its code (timinar/BabyLlama, config/:
+# lr 7e-4, 2 x 128 rows, 300 warm-up steps).
 corpus = "corpora/babylm_16000"
+corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16000"
 out_dir = "runs/babyllama"
 
 backbone = "babyllama"

@@ -1,10 +1,7 @@
-# The quick start: causal, masked, causal and both at once on a small English grammar. On 2 CPU cores it takes 1.5 minutes in
-# bfloat16, 2.4 in float32.
+# The quick start: causal, masked, causal and both at once on a small English grammar.
 corpus = "corpora/grammar"
+corpus_from = "corpora/grammar_text/train.txt --dev corpora/grammar_text/dev.txt --vocab_size 1024"
 out_dir = "runs/quickstart"
-prepare = ("tools/grammar.py corpora/grammar_text",
-           "prepare.py corpora/grammar_text/train.txt --dev corpora/grammar_text/dev.txt --out corpora/grammar --vocab_size 1024")
-score = "corpora/grammar_text/pairs"
 
 n_layer = 4
 n_head = 4
@@ -12,7 +9,8 @@ n_embd = 128
 n_ff = 256
 tied = True
 
-# AntLM's shape, a quarter of its length. The last phase brings back what so short a causal phase makes a small model forget.
+# AntLM's shape, a quarter of its length. The last phase brings back what so short a causal phase
+# makes a small model forget.
 schedule = "1_CLM+4_MLM+1_CLM+2_CLM:MLM"
 block_size = 64
 batch_rows = 32

@@ -32,16 +32,15 @@ from torch import nn
 
 import config
 import eval as evaluation
-from antlm.distributed import Processes
+from antlm.distributed import Processes, has_fast_bfloat16
 from antlm.ops import IGNORE
-from antlm.optim import make_optimizers, update
+from antlm.optim import guarded_step, make_optimizers
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
 from babylm.tasks import read_tasks
 from config import UserError
-from data import Batches
+from data import OBJECTIVES, Batches
 from model import Transformer
-from schedule import OBJECTIVES
-from train import Settings, to_device
+from train import Settings
 
 VOCABULARY = {"babyllama": 16000, "ltg_bert": 16384}  # as published
 
@@ -56,7 +55,7 @@ class HuggingFaceLlama(nn.Module):
             vocab_size=vocab_size, hidden_size=s.n_embd, num_hidden_layers=s.n_layer, num_attention_heads=s.n_head,
             intermediate_size=s.n_ff, max_position_embeddings=s.block_size, tie_word_embeddings=s.tied))
 
-    def forward(self, tokens, targets, *, causal, scored):
+    def forward(self, tokens, targets, *, causal, scored=None):
         mask = None if causal else torch.zeros(1, 1, tokens.size(1), tokens.size(1), device=tokens.device)  # all open
         logits = self.llama(tokens, attention_mask=mask).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -91,7 +90,7 @@ class PlainLTGBert(nn.Module):
         up, gate = block.up_gate(norm(x)).chunk(2, -1)
         return x + F.dropout(block.down(norm(up * F.gelu(gate, approximate="tanh"))), p)
 
-    def forward(self, tokens, targets, *, causal, scored):
+    def forward(self, tokens, targets, *, causal, scored=None):
         e, T = self.model.embedding, tokens.size(1)
         x, (table, _) = e(tokens, 0)
         distance = torch.arange(T, device=tokens.device)[:, None] - torch.arange(T, device=tokens.device)
@@ -120,7 +119,7 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
         model.compile(dynamic=False)
     optimizers = make_optimizers(model.model if isinstance(model, PlainLTGBert) else model, s, device)
     ids = rng.integers(4, vocab_size, 1 << 20).astype(np.uint16)
-    batches = Batches(ids, vocab_size, s.block_size, rows, 1, int(np.ceil(0.15 * s.block_size)))
+    batches = Batches(ids, vocab_size, s.block_size, rows, 1)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     parts = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
 
@@ -133,15 +132,14 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
                 mark = time.perf_counter()
 
         mark = time.perf_counter()
-        tokens, targets, scored = to_device(batches.batch(objective, number // batches.steps_per_epoch,
-                                                          number % batches.steps_per_epoch, np.arange(rows), 0.15), device)
+        batch = batches.batch(objective, *divmod(number, batches.steps_per_epoch), np.arange(rows), 0.15).to(device)
         lap("data")
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, count = model(tokens, targets, causal=OBJECTIVES[objective], scored=scored)
+            loss, count = model(**batch, causal=OBJECTIVES[objective].causal)
         lap("forward")
         (loss / count).backward()
         lap("backward")
-        update(optimizers, s.lr, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        guarded_step(optimizers, s.lr, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         lap("optimizer")
 
     number = 0
@@ -156,7 +154,7 @@ def worker(pipe, args: list[str], objective: str, compiled: bool, peer: bool, ro
         sync()
         pipe.send((time.perf_counter() - began, parts))
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    head = 1.0 if objective == "CLM" else batches.slots / s.block_size
+    head = 1.0 if objective == "CLM" else batches.slots(objective) / s.block_size
     inner = Transformer(s.model_config(vocab_size)) if peer else model
     pipe.send((memory, flops_per_token(inner, s.block_size, head)))
 
@@ -201,7 +199,7 @@ def label(file: str, objective: str, compiled: str, peer: str) -> str:
 
 def bench_training(a, device: str):
     overrides, context = [f"--{item}" for item in a.set], multiprocessing.get_context("spawn")
-    settings, fast = {file: config.load(Settings, [file, *overrides]) for file in a.configs}, Processes(device).fast_bf16
+    settings, fast = {file: config.load(Settings, [file, *overrides]) for file in a.configs}, has_fast_bfloat16(torch.device(device))
     bf16 = {file: fast if s.precision == "auto" else s.precision == "bfloat16" for file, s in settings.items()}
     cases = [(file, objective, compiled, peer) for file in a.configs for objective in a.objectives.split(",")
              for compiled in a.compile.split(",") for peer in (("", PEERS[settings[file].backbone][0]) if a.peer else ("",))]

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import UserError
-from schedule import OBJECTIVES, parse
+from data import OBJECTIVES
+from schedule import parse
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito 2008
 COLOUR_OF, MIXED = dict(zip(OBJECTIVES, COLOURS)), "#666666"

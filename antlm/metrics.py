@@ -1,0 +1,140 @@
+"""The log of a run: losses stay on the device until a line is due, and then go to two places."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from antlm.checkpoint import RunFolder
+from config import UserError, require
+
+
+class TrainingLog:
+    """Sums up what happened since the last line, and writes lines to the screen and the run folder.
+
+    skipped: steps so far whose loss or gradient was not finite
+    """
+
+    def __init__(self, run: RunFolder, schedule, settings, objectives: list[str], skipped: int):
+        self.run = run
+        self.processes = run.processes
+        self.schedule = schedule
+        self.settings = settings
+        self.objectives = objectives
+        self.skipped = skipped
+        self.pending = []  # steps whose losses the host has not seen
+        self.started = time.time()
+        self.steps_since_start = 0
+        self.restart()
+
+    def restart(self):
+        """Begin a new line."""
+        self.loss_sums = dict.fromkeys(self.objectives, 0.0)
+        self.counts = dict.fromkeys(self.objectives, 0)
+        self.steps = 0
+        self.last_line = time.time()
+
+    def add(self, step: int, micro_batches: list, losses: list[Tensor], norm: Tensor):
+        """Note a step; nothing here waits for the device.
+
+        losses: summed, one a micro-batch; norm: of the gradient, the same in all processes
+        """
+        self.pending.append((step, micro_batches, torch.stack((norm, *losses))))
+        self.steps += 1
+        self.steps_since_start += 1
+
+    def read(self):
+        """Wait for the device and take up the pending steps.
+
+        Raises UserError where more of them are not finite than may be skipped.
+        """
+        for step, micro_batches, numbers in self.pending:
+            self.norm, *losses = numbers.tolist()
+            if not math.isfinite(self.norm):
+                self.skip(step, micro_batches, losses)
+                continue
+            for micro_batch, loss in zip(micro_batches, losses, strict=True):
+                self.loss_sums[micro_batch.objective] += loss
+                self.counts[micro_batch.objective] += micro_batch.n_scored
+        self.pending.clear()
+
+    def skip(self, step: int, micro_batches: list, losses: list[float]):
+        """Count and report a step that the optimizer has passed over, in all processes alike."""
+        n_bad = dict.fromkeys(self.objectives, 0)
+        for micro_batch, loss in zip(micro_batches, losses, strict=True):
+            if not math.isfinite(loss):
+                n_bad[micro_batch.objective] += 1
+        text = f"step {step}: gradient norm {self.norm} is not finite"
+        totals = self.processes.sum(list(n_bad.values()))
+        for objective, total in zip(self.objectives, totals, strict=True):
+            if total:
+                text += f", nor the {objective} loss of {total:.0f} micro-batch(es)"
+
+        self.skipped += 1
+        if self.skipped > self.settings.skip_nonfinite:
+            raise UserError(
+                f"{self.run.path}: {text}; nothing was saved since the last checkpoint; lower lr "
+                "or clip, or allow --skip_nonfinite=N such steps"
+            )
+        self.processes.print(f"{text}; skipped")
+
+    def mean_losses(self) -> dict[str, float]:
+        """Nats per scored token since the last line, over all processes, of what was trained."""
+        n = len(self.objectives)
+        sums = self.processes.sum([*self.loss_sums.values(), *self.counts.values()])
+        means = {}
+        for objective, total, count in zip(self.objectives, sums[:n], sums[n:], strict=True):
+            if count:
+                means[objective] = total / count
+        return means
+
+    def write(self, step: int, lr: float, mask_rate: float):
+        """Print and record a line on the steps since the last one."""
+        self.read()
+        losses = self.mean_losses()
+        now = time.time()
+        tokens = self.steps * self.settings.batch_rows * self.settings.block_size
+        tokens_per_s = tokens / (now - self.last_line)
+        seconds_per_step = (now - self.started) / self.steps_since_start
+        minutes, seconds = divmod(int(seconds_per_step * (self.schedule.steps - step)), 60)
+
+        epoch = step / self.schedule.steps_per_epoch
+        line = f"step {step}/{self.schedule.steps}  epoch {epoch:.2f}/{self.schedule.epochs}  "
+        line += f"{self.schedule.phase(step - 1)}  "
+        line += "".join(f"{name} {loss:.3f}  " for name, loss in losses.items())
+        if self.skipped:
+            line += f"skipped {self.skipped}  "
+        line += f"lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {minutes}:{seconds:02} left"
+        self.processes.print(line)
+
+        self.run.record(
+            **self.position(step),
+            loss=losses,
+            lr=lr,
+            grad_norm=self.norm if math.isfinite(self.norm) else None,
+            skipped=self.skipped,
+            mask_rate=mask_rate,
+            tokens_per_s=round(tokens_per_s),
+        )
+        self.restart()
+
+    def write_dev(self, step: int, losses: dict[str, float]):
+        """Print and record losses on the dev tokens; raises UserError where one is not finite."""
+        text = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        self.processes.print(f"step {step}/{self.schedule.steps}  dev loss  {text}")
+        require(
+            all(math.isfinite(loss) for loss in losses.values()),
+            f"{self.run.path}: dev loss not finite at step {step}; nothing was saved since the "
+            "last checkpoint",
+        )
+        self.run.record(**self.position(step), dev=losses)
+
+    def position(self, step: int) -> dict:
+        """Where the run stands after so many steps, as each line of metrics.jsonl says it."""
+        return dict(
+            step=step,
+            epoch=round(step / self.schedule.steps_per_epoch, 4),
+            phase=str(self.schedule.phase(step - 1)),
+            words=self.schedule.words(step),
+        )
