@@ -1,6 +1,6 @@
 # AntLM on BabyLlama 58M: schedule from the paper (arXiv 2412.03275), sizes from BabyLlama
-# (Timiryasov and Tastet 2023), optimizer from the 97M model of its code (timinar/BabyLlama, config/:
-# lr 7e-4, 2 x 128 rows, 300 warm-up steps).
+# (Timiryasov and Tastet 2023), optimizer from the 97M model of its code (timinar/BabyLlama: lr 7e-4
+# and 300 warm-up steps of 2 x 128 rows).
 corpus = "corpora/babylm_16000"
 corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16000"
 out_dir = "runs/babyllama"

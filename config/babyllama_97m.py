@@ -1,4 +1,4 @@
-# BabyLlama 97M: sizes, tied embedding, lr and batch from timinar/BabyLlama, config/; schedule as AntLM
+# BabyLlama 97M: sizes, tied embedding, lr and batch from timinar/BabyLlama; schedule as AntLM
 # (arXiv 2412.03275).
 corpus = "corpora/babylm_16000"
 corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16000"

@@ -1,6 +1,6 @@
-# The hybrid of GPT-BERT (Charpentier and Samuel 2024): in every step 1 row of causal to 15 of masked
-# next-token prediction, the share of hidden tokens falling from 0.30 to 0.15; on LTG-BERT small,
-# optimizer as in ltg_bert_small.py.
+# The hybrid of GPT-BERT (Charpentier and Samuel 2024): every step has 1 row of causal to 15 of
+# masked next-token prediction, and the share of hidden tokens falls from 0.30 to 0.15. The network
+# is LTG-BERT small, the optimizer that of ltg_bert_small.py.
 corpus = "corpora/babylm_16384"
 corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16384"
 out_dir = "runs/gpt_bert"
