@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import regex  # comes with tiktoken
 
-from antlm.files import Progress, json_write
+from antlm.files import Progress, write_json
 from antlm.tokenizer import (
     BOUNDARIES,
     PATTERN,
@@ -156,7 +156,7 @@ def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384,
                 "train": encode_files(train_files, part / "train.bin", tok, boundary),
                 "dev": encode_files(dev_files, part / "dev.bin", tok, boundary),
                 "settings": dict(train=train, dev=dev, vocab_size=vocab_size, tokenizer=tokenizer)}
-        json_write(part / "meta.json", meta)
+        write_json(part / "meta.json", meta)
         folder.parent.mkdir(parents=True, exist_ok=True)
         part.rename(folder)
     finally:

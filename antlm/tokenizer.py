@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from antlm.files import Progress, json_write
+from antlm.files import Progress, write_json
 from config import UserError
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<mask>": 3}
@@ -106,7 +106,7 @@ def train_bpe(counts: Counter, n_merges: int) -> list[tuple[bytes, bytes]]:
 def save_tokenizer(path: Path, merges: list[tuple[bytes, bytes]]):
     """Write the tokenizer.json of these merges."""
     alphabet = byte_alphabet()
-    json_write(path, tokenizer_json([tuple("".join(alphabet[b] for b in half) for half in pair) for pair in merges]))
+    write_json(path, tokenizer_json([tuple("".join(alphabet[b] for b in half) for half in pair) for pair in merges]))
 
 
 def tokenizer_json(merges: list[tuple[str, str]]) -> dict:

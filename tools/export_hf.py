@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from antlm.checkpoint import checkpoints, load_run
-from antlm.files import json_write
+from antlm.files import write_json
 from antlm.tokenizer import PAD, Tokenizer, tokenizer_json
 from babylm.results import read_result
 from config import UserError
@@ -94,12 +94,12 @@ def export_tokenizer(source: Path, out: Path, boundary: str, start: int, positio
     if boundary != "document":
         opener["normalized"] = True  # is found in the text that the normalizer has made
         content["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": "<s>"}
-    json_write(out / "tokenizer.json", content)
+    write_json(out / "tokenizer.json", content)
     # eos is <s>, too: a text ends where the next one starts, and training never showed </s>.
     special = dict.fromkeys(("bos_token", "eos_token", "cls_token"), "<s>")
     special |= dict(sep_token="</s>", pad_token="<pad>", mask_token="<mask>")
-    json_write(out / "special_tokens_map.json", special)
-    json_write(out / "tokenizer_config.json", dict(
+    write_json(out / "special_tokens_map.json", special)
+    write_json(out / "tokenizer_config.json", dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=positions, padding_side="right",
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False, **special))
 
@@ -219,14 +219,14 @@ def export(run: Path, content: dict, model: Transformer, tokenizer: Tokenizer, o
     out.mkdir(parents=True)
     settings, start = content["settings"], tokenizer.encode_text("", content["boundary"])[0]
     config = config_json(model.config, settings["block_size"], start)
-    json_write(out / "config.json", config)
-    json_write(out / "generation_config.json", {k: config[k] for k in ("pad_token_id", "bos_token_id", "eos_token_id")})
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", {k: config[k] for k in ("pad_token_id", "bos_token_id", "eos_token_id")})
     save_file(weights(model), out / "model.safetensors", metadata={"format": "pt"})
     export_tokenizer(run / "tokenizer.json", out, content["boundary"], start, config["max_position_embeddings"])
     if model.config.backbone == "ltg_bert":
         shutil.copyfile(Path(__file__).with_name("modeling_ltgbert.py"), out / "modeling_ltgbert.py")
     plain = {k: v for k, v in content.items() if k not in ("model", "optimizer", "config")}
-    json_write(out / "antlm.json", plain | {"words": words_seen(content, run)})  # import_hf.py reads it
+    write_json(out / "antlm.json", plain | {"words": words_seen(content, run)})  # import_hf.py reads it
     (out / "README.md").write_text(card(name, content, model, run), encoding="utf-8")
 
 

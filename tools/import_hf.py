@@ -22,7 +22,7 @@ import torch
 from export_hf import new_folder, their_names
 
 from antlm.checkpoint import load_model, save_checkpoint
-from antlm.files import json_write
+from antlm.files import write_json
 from antlm.tokenizer import PATTERN, SPECIAL, Tokenizer, byte_alphabet, tokenizer_json
 from config import UserError
 from model import ModelConfig, Transformer
@@ -185,7 +185,7 @@ def translate_tokenizer(folder: Path, out: Path, config: dict, boundary: str | N
             raise ValueError("a token is missing, plays two parts, or has an id beyond vocab_size of config.json")
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: vocabulary and merges do not fit together ({type(e).__name__}: {e})") from None
-    json_write(out, tokenizer_json(merges))
+    write_json(out, tokenizer_json(merges))
     absent = [name for name in SPECIAL if name not in specials]
     if n := theirs[len(SPECIAL):].count(None):
         absent.append(f"{n} of the 256 bytes")
