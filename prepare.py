@@ -1,9 +1,10 @@
-"""Text -> tokenizer -> token files. No torch.
+"""Text to tokenizer and token files. No torch.
 
     python prepare.py TEXT... --dev TEXT... --out corpora/babylm --vocab_size 16384
 
-TEXT is a file or a folder of .train, .dev or .txt files in UTF-8. The folder --out then holds tokenizer.json,
-train.bin, dev.bin (token ids, no header) and meta.json, which says what is in them.
+TEXT is a file or a folder of .train, .dev or .txt files in UTF-8. The folder --out then holds
+tokenizer.json, train.bin and dev.bin (token ids, no header) and meta.json, which says what is
+in them.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import regex  # comes with tiktoken
+import regex
 
 from antlm.files import Progress, write_json
 from antlm.tokenizer import (
@@ -30,155 +31,275 @@ from antlm.tokenizer import (
 )
 from config import UserError
 
-TEXT = (".train", ".dev", ".txt")
-BLOCK = 1 << 22  # bytes of text held at a time
+TEXT_SUFFIXES = (".train", ".dev", ".txt")
+BLOCK_BYTES = 1 << 22  # of text held in memory at a time
+
+
+# ---------------------------------------------------------------------------------- reading text
 
 
 def text_files(paths: list[str]) -> list[Path]:
-    """Files named, and those in folders named that end in .train, .dev or .txt, sorted; raises UserError."""
+    """Return the files named and, sorted, the text files in the folders named.
+
+    Raises UserError for a path that has none.
+    """
     files = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in TEXT and f.is_file())
-        if not found:
-            what = "holds no .train, .dev or .txt file" if path.is_dir() else "does not exist"
-            raise UserError(f"{path}: {what}; name text files or folders of them")
-        files += found
+        # a file that is named may end in anything
+        if path.is_file():
+            files.append(path)
+            continue
+        in_folder = [f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()]
+        if not in_folder:
+            problem = "holds no .train, .dev or .txt file" if path.is_dir() else "does not exist"
+            raise UserError(f"{path}: {problem}; name text files or folders of them")
+        files += sorted(in_folder)
     return files
 
 
 def read_blocks(path: Path):
-    """Yield the text in blocks of whole lines, each ended by a newline; raises UserError at invalid UTF-8.
+    r"""Yield a text in blocks of whole lines, each ended by a newline.
 
-    What Windows adds goes: a byte-order mark in front, and the \\r of \\r\\n.
+    What Windows adds is dropped: a byte-order mark at the start, and the \r of \r\n.
+    Raises UserError at bytes that are not UTF-8.
     """
     offset = 0
-    with open(path, "rb") as f:
-        while block := b"".join(f.readlines(BLOCK)):
+    with open(path, "rb") as file:
+        while block := b"".join(file.readlines(BLOCK_BYTES)):
+            # UTF-8 has no newline inside a character, so whole lines are whole characters
             try:
-                text = block.decode().removeprefix("" if offset else "\ufeff").replace("\r\n", "\n")
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}: byte {offset + e.start} is not valid UTF-8 (0x{block[e.start]:02x}); "
-                                "convert the file, e.g. with iconv -t utf-8") from None
-            yield text if text.endswith("\n") else text + "\n"
+                text = block.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}: byte {offset + error.start} is not valid UTF-8 "
+                    f"(0x{block[error.start]:02x}); convert the file, e.g. with iconv -t utf-8"
+                ) from None
+
+            # what Windows adds
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            text = text.replace("\r\n", "\n")
+            if not text.endswith("\n"):
+                text += "\n"
+            yield text
             offset += len(block)
 
 
+def total_bytes(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
 def count_pieces(files: list[Path]) -> Counter:
-    """How often the pattern finds each piece of text in the files."""
-    counts, find = Counter(), regex.compile(PATTERN).findall
-    progress, done = Progress("counting words", sum(f.stat().st_size for f in files)), 0
+    """Count the pieces of text (words, numbers, ...) that PATTERN finds in the files."""
+    # training needs no more of the text than this: pieces repeat, so 10M words are about 180,000
+    counts = Counter()
+    find_pieces = regex.compile(PATTERN).findall
+    progress = Progress("counting words", total_bytes(files))
+    done = 0
     for path in files:
         for block in read_blocks(path):
-            counts.update(find(block))
-            progress(done := done + len(block))
+            counts.update(find_pieces(block))
+            done += len(block)
+            progress(done)
     return counts
 
 
-def place_starts(ids: np.ndarray, boundary: str, newline: int, heading: list[int], fresh: bool):
-    """Put start tokens into the ids of whole lines; blank lines go.
+# ----------------------------------------------------------------------------- writing token files
 
-    A document opens at the start of a file, after a blank line and at a line that starts with `heading` ("= = =").
-    fresh: does the first line open one? -> ids, number of documents that opened, does the next block open one?
+
+def place_starts(
+    ids: np.ndarray, boundary: str, newline: int, heading: list[int], opens_document: bool
+) -> tuple[np.ndarray, int, bool]:
+    """Put start tokens into the ids of whole lines, and drop blank lines.
+
+    A document opens at the start of a file, after a blank line, and at a line that begins with the
+    tokens of `heading` ("= = ="). With boundary "line" a start token also replaces the newline.
+    opens_document: whether the first line opens a document
+    Returns the ids, the number of documents, and whether the line after these opens one.
     """
-    opens_line = np.append(True, ids[:-1] == newline)
-    blank = opens_line & (ids == newline)
-    first = opens_line & ~blank
-    after_blank = np.append(fresh, blank[:-1])
-    is_heading = first.copy()
+    # where lines begin, and which of them are blank
+    begins_line = np.append(True, ids[:-1] == newline)
+    is_blank = begins_line & (ids == newline)
+    is_first = begins_line & ~is_blank
+
+    # where documents begin; -1 pads the ids for a heading that would reach beyond the end
+    after_blank = np.append(opens_document, is_blank[:-1])
+    padded = np.append(ids, np.full(len(heading), -1))
+    is_heading = is_first.copy()
     for i, token in enumerate(heading):
-        is_heading &= np.append(ids[i:], np.full(min(i, len(ids)), -1)) == token
-    document = first & (after_blank | is_heading)
-    keep = ids != newline if boundary == "line" else ~blank
-    at = {"line": first, "document": document, "none": np.zeros_like(first)}[boundary]
-    copies = keep.astype(np.int64) + at  # a token that a start precedes stands twice, the first of the two becomes it
-    out = np.repeat(ids, copies)
-    out[(np.cumsum(copies) - copies)[at]] = START
-    return out, int(document.sum()), bool(blank[-1])
+        is_heading &= padded[i : i + len(ids)] == token
+    begins_document = is_first & (after_blank | is_heading)
+
+    # which ids stay, and in front of which a start token comes
+    if boundary == "line":
+        keep = ids != newline
+        starts = np.flatnonzero(is_first)
+    elif boundary == "document":
+        keep = ~is_blank
+        starts = np.flatnonzero(begins_document)
+    else:
+        keep = ~is_blank
+        starts = np.zeros(0, np.int64)
+    ids_with_starts = np.insert(ids, starts, START)
+    keep = np.insert(keep, starts, True)
+    return ids_with_starts[keep], int(begins_document.sum()), bool(is_blank[-1])
 
 
 def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: str) -> dict:
-    """Encode text files into one token file -> what meta.json says of it. Memory grows with the longest line only."""
-    newline, heading = tokenizer.encode("\n")[0], tokenizer.encode("= = =")
-    stats = dict(file=out.name, dtype=tokenizer.dtype.name, tokens=0, words=0, bytes=0, documents=0, max_id=0)
-    digest = hashlib.sha256()
-    progress, total = Progress("encoding", sum(f.stat().st_size for f in files)), 0
-    with open(out, "wb") as f:
-        for path in files:
-            fresh = True
-            for block in read_blocks(path):
-                ids = tokenizer.bpe.encode_to_numpy(block, disallowed_special=())
-                ids, documents, fresh = place_starts(ids, boundary, newline, heading, fresh)
-                raw = ids.astype(tokenizer.dtype).tobytes()
-                f.write(raw)
-                digest.update(raw)
-                stats["tokens"] += len(ids)
-                stats["words"] += len(block.split())
-                stats["documents"] += documents
-                stats["max_id"] = max(stats["max_id"], int(ids.max(initial=0)))
-                progress(total := total + len(block))
-            stats["bytes"] += path.stat().st_size
-    if not stats["words"]:
-        raise UserError(f"{files[0]}: the {len(files)} input file(s) hold no words")
-    return stats | {"sha256": digest.hexdigest()}
+    """Encode text files into one token file and return what meta.json says of it.
 
-
-def prepare(train: list[str], dev: list[str], out: str, vocab_size: int = 16384, boundary: str = "line",
-            tokenizer: str | None = None) -> dict:
-    """Text to a corpus folder -> meta. The folder appears whole or not at all; raises UserError.
-
-    tokenizer: an existing tokenizer.json to encode with instead of training one (arms of an experiment share theirs).
+    Memory grows with the longest line only. Raises UserError if the files hold no words.
     """
-    folder, train_files, dev_files = Path(out), text_files(train), text_files(dev)
+    newline = tokenizer.encode("\n")[0]
+    heading = tokenizer.encode("= = =")
+    stats = {
+        "file": out.name,
+        "dtype": tokenizer.dtype.name,
+        "tokens": 0,
+        "words": 0,
+        "bytes": total_bytes(files),
+        "documents": 0,
+        "max_id": 0,
+        "files": [],  # where each begins, so that a curriculum can tell sources apart
+    }
+    digest = hashlib.sha256()
+    progress = Progress("encoding", stats["bytes"])
+    done = 0
+    with open(out, "wb") as token_file:
+        for path in files:
+            stats["files"].append({"name": str(path), "start": stats["tokens"]})
+            opens_document = True
+            for block in read_blocks(path):
+                # whole lines only, so no token is cut at the end of a block
+                ids = tokenizer.bpe.encode_to_numpy(block, disallowed_special=())
+                ids, n_documents, opens_document = place_starts(
+                    ids, boundary, newline, heading, opens_document
+                )
+                raw = ids.astype(tokenizer.dtype).tobytes()
+                token_file.write(raw)
+                digest.update(raw)
+
+                stats["tokens"] += len(ids)
+                stats["words"] += len(block.split())  # separated by spaces, as BabyLM counts
+                stats["documents"] += n_documents
+                stats["max_id"] = max(stats["max_id"], int(ids.max(initial=0)))
+                done += len(block)
+                progress(done)
+    if stats["words"] == 0:
+        raise UserError(f"{files[0]}: the {len(files)} input file(s) hold no words")
+    stats["sha256"] = digest.hexdigest()
+    return stats
+
+
+# ------------------------------------------------------------------------------------ the program
+
+
+def train_tokenizer(files: list[Path], path: Path, vocab_size: int):
+    """Train a tokenizer on text files and write its tokenizer.json; raises UserError."""
+    smallest = len(SPECIAL) + 256
+    if vocab_size < smallest:
+        raise UserError(
+            f"--vocab_size {vocab_size}: must be at least {smallest}, for bytes and special tokens"
+        )
+    merges = train_bpe(count_pieces(files), vocab_size - smallest)
+    size = smallest + len(merges)
+    if size < vocab_size:
+        print(f"the text has pairs for {len(merges)} merges: {size} tokens, not {vocab_size}")
+    save_tokenizer(path, merges)
+
+
+def prepare(
+    train: list[str],
+    dev: list[str],
+    out: str,
+    vocab_size: int = 16384,
+    boundary: str = "line",
+    tokenizer: str | None = None,
+) -> dict:
+    """Make a corpus folder from text and return the content of its meta.json.
+
+    The folder appears complete or not at all.
+    tokenizer: a tokenizer.json to encode with; without it one is trained on the training text
+    Raises UserError for text or options that cannot be used.
+    """
+    settings = {"train": train, "dev": dev, "vocab_size": vocab_size, "tokenizer": tokenizer}
+    folder = Path(out)
+
+    # find mistakes before any work
+    train_files = text_files(train)
+    dev_files = text_files(dev)
     if folder.exists():
         raise UserError(f"{folder}: exists already; remove it or choose another --out")
-    if boundary not in BOUNDARIES:
-        raise UserError(f"--boundary must be one of {', '.join(BOUNDARIES)}, not {boundary!r}")
-    smallest = len(SPECIAL) + 256
-    if (n_merges := vocab_size - smallest) < 0:
-        raise UserError(f"--vocab_size {vocab_size}: must be at least {smallest}, for bytes and special tokens")
-    part = next(parent for parent in folder.parents if parent.exists()) / f".{folder.name}.{os.getpid()}"
-    part.mkdir()
+
+    # work in a hidden folder beside it, renamed at the end
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished.mkdir()
     try:
         if tokenizer:
-            tok = Tokenizer(tokenizer)  # of the user's file, so that an error names it and not the copy
-            shutil.copy(tokenizer, part / "tokenizer.json")
+            encoder = Tokenizer(
+                tokenizer
+            )  # before the copy, so that an error names the user's file
+            shutil.copy(tokenizer, unfinished / "tokenizer.json")
         else:
-            counts = count_pieces(train_files)
-            if all(piece.isspace() for piece in counts):
-                raise UserError(f"{train_files[0]}: the {len(train_files)} input file(s) hold no words")
-            merges = train_bpe(counts, n_merges)
-            if len(merges) < n_merges:
-                print(f"the text has pairs for {len(merges)} merges: {len(merges) + smallest} tokens, not {vocab_size}")
-            save_tokenizer(part / "tokenizer.json", merges)
-            tok = Tokenizer(part / "tokenizer.json")
-        meta = {"format": 1, "boundary": boundary, "vocab_size": tok.vocab_size, "special": SPECIAL,
-                "tokenizer_sha256": tok.sha256,
-                "train": encode_files(train_files, part / "train.bin", tok, boundary),
-                "dev": encode_files(dev_files, part / "dev.bin", tok, boundary),
-                "settings": dict(train=train, dev=dev, vocab_size=vocab_size, tokenizer=tokenizer)}
-        write_json(part / "meta.json", meta)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part.rename(folder)
+            train_tokenizer(train_files, unfinished / "tokenizer.json", vocab_size)
+            encoder = Tokenizer(unfinished / "tokenizer.json")
+        meta = {
+            "format": 1,
+            "boundary": boundary,
+            "vocab_size": encoder.vocab_size,
+            "special": SPECIAL,
+            "tokenizer_sha256": encoder.sha256,
+            # each of these two writes its token file
+            "train": encode_files(train_files, unfinished / "train.bin", encoder, boundary),
+            "dev": encode_files(dev_files, unfinished / "dev.bin", encoder, boundary),
+            "settings": settings,
+        }
+        write_json(unfinished / "meta.json", meta)
+        unfinished.rename(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return meta
 
 
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("train", nargs="+", metavar="TEXT", help="training text, files or folders")
+    option("--dev", nargs="+", required=True, metavar="TEXT", help="development text, likewise")
+    option("--out", required=True, help="folder to make")
+    option(
+        "--vocab_size",
+        type=int,
+        default=16384,
+        help="number of tokens, among them 4 special ones and 256 bytes (default: %(default)s)",
+    )
+    option(
+        "--boundary",
+        default="line",
+        choices=BOUNDARIES,
+        help="what a start token stands in front of (default: %(default)s)",
+    )
+    option("--tokenizer", help="encode with this tokenizer.json (default: train one)")
+    args = parser.parse_args()
+
+    # make the corpus, and say how large it is
+    began = time.time()
+    meta = prepare(**vars(args))
+    for split in (meta["train"], meta["dev"]):
+        print(
+            f"{args.out}/{split['file']}: {split['words']:,} words, {split['tokens']:,} tokens, "
+            f"{split['documents']:,} documents"
+        )
+    seconds = time.time() - began
+    size = meta["vocab_size"]
+    print(f"{args.out}: vocabulary of {size:,}, boundary {args.boundary}; {seconds:.0f} s")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", nargs="+", metavar="TEXT", help="training text: files, folders of .train, .dev, .txt")
-    parser.add_argument("--dev", nargs="+", required=True, metavar="TEXT", help="development text, likewise")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--vocab_size", type=int, default=16384, help="tokens, 4 special ones and 256 bytes among them")
-    parser.add_argument("--boundary", default="line", choices=BOUNDARIES, help="what a start token stands in front of")
-    parser.add_argument("--tokenizer", help="encode with this tokenizer.json instead of training one")
-    parser.error = lambda message: sys.exit(f"prepare.py: {message}")
-    args, began = parser.parse_args(), time.time()
     try:
-        meta = prepare(**vars(args))
-    except (UserError, OSError) as e:
-        sys.exit(f"prepare.py: {e}")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a path that is not UTF-8
-    for s in (meta["train"], meta["dev"]):
-        print(f"{args.out}/{s['file']}: {s['words']:,} words, {s['tokens']:,} tokens, {s['documents']:,} documents")
-    print(f"{args.out}: vocabulary of {meta['vocab_size']:,}, boundary {args.boundary}; {time.time() - began:.0f} s")
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"prepare.py: {error}")

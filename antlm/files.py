@@ -1,4 +1,4 @@
-"""Files of the project's users: JSON, errors that name them, and progress while they are read."""
+"""Files that are either complete or untouched, and progress while long work runs."""
 
 import json
 import os
@@ -7,42 +7,68 @@ import time
 from pathlib import Path
 
 
-def write_json(path: Path, content: dict):
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # for a path that is not UTF-8
-
-
-class Progress:
-    """A line on stderr with the time left, every few seconds."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.start, self.shown = what, total, time.time(), time.time()
-
-    def __call__(self, done: int):
-        now = time.time()
-        if now - self.shown > 3 and done:
-            left = (now - self.start) * (self.total / done - 1)
-            print(f"{self.what}: {done / self.total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
-            self.shown = now
-
-
 def write_whole(path: Path, write):
-    """Have write(file) fill a file that is then either whole or as it was before; raises OSError that names it."""
-    part = path.with_name(f".{path.name}.part")  # a kill may leave it; train.py removes it at its next start
+    """Write a file so that it is afterwards either complete or as it was before.
+
+    write: a function that fills the open binary file that it is given
+    Raises OSError that names the path, for instance when the disk is full.
+    """
+    path = Path(path)
+    # a kill may leave this file behind; train.py removes it at its next start
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself reaches the disk
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk behind a RuntimeError
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        if isinstance(error, RuntimeError):
+            # torch.save raises a RuntimeError while it handles the OSError of a full disk
+            cause = error.__context__
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
-        if part.exists():
-            part.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path):
+    """Bring the names in a folder to the disk, since a rename alone may not survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: Path, content: dict):
+    """Write plain data as indented JSON in UTF-8; raises OSError that names the path."""
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+class Progress:
+    """Say on stderr every few seconds how far some work is and how long the rest will take.
+
+    total: the amount of work, in the unit in which the calls report what is done
+    """
+
+    def __init__(self, label: str, total: int):
+        self.label = label
+        self.total = total
+        self.started = time.time()
+        self.printed = self.started
+
+    def __call__(self, done: int):
+        now = time.time()
+        if done == 0 or now - self.printed < 3:
+            return
+        share = done / self.total
+        seconds_left = (now - self.started) * (1 / share - 1)
+        print(
+            f"{self.label}: {share:.0%}, about {seconds_left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.printed = now

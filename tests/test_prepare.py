@@ -1,0 +1,390 @@
+"""prepare.py: where start tokens stand, what meta.json says, what bad text says.
+
+    python -m pytest tests/test_prepare.py                  # about 10 s, no GPU
+    python -m pytest tests/test_prepare.py -m "not slow"    # about 3 s
+
+Token files must agree with a few lines of plain Python that place the starts line by line.
+"""
+
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare
+from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer, train_bpe
+from config import UserError
+from data import Corpus
+
+PROGRAM = Path(__file__).resolve().parents[1] / "prepare.py"
+TEXT = """= = = The pond = = =
+
+*MOT: look at the ducks , do you see the ducks ?
+A: I've got 12 ducks , they're quacking and quacking , quack quack .
+
+= = = The thaw = = =
+In March the ice went from the pond and the ducks came back to the pond .
+Zwölf Enten schwimmen über den See , 十二只鸭子 , naïve café .
+"""
+GOOD = "look at the ducks on the ice\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text(TEXT, "utf-8")
+    merges = train_bpe(prepare.count_pieces([folder / "text.txt"]), 120)
+    save_tokenizer(folder / "tokenizer.json", merges)
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path) -> Tokenizer:
+    return Tokenizer(tokenizer_path)
+
+
+def write_texts(folder: Path, split: str, texts: list) -> list[str]:
+    """Write each text (or bytes) to a file 0.train, 1.train, ... and return the paths."""
+    paths = []
+    for i, text in enumerate(texts):
+        path = folder / f"{i}.{split}"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        paths.append(str(path))
+    return paths
+
+
+def make_corpus(folder: Path, train: list, dev: list = (GOOD,), **options) -> Corpus:
+    """Prepare a corpus in folder/corpus from these texts."""
+    folder.mkdir(exist_ok=True)
+    train_paths = write_texts(folder, "train", train)
+    dev_paths = write_texts(folder, "dev", dev)
+    prepare.prepare(train_paths, dev_paths, str(folder / "corpus"), **options)
+    return Corpus(folder / "corpus")
+
+
+def decode(corpus: Corpus, split: str = "train") -> str:
+    ids = getattr(corpus, split).tolist()
+    return corpus.tokenizer.bpe.decode_bytes(ids).decode()
+
+
+# ---------------------------------------------------------------------------------- start tokens
+
+
+def plain_corpus(texts: list[str], boundary: str) -> tuple[str, int]:
+    """Return what a decoded token file reads, and how many documents open, line by line."""
+    content = ""
+    n_documents = 0
+    for text in texts:
+        opens_document = True
+        for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):
+            if line == "":
+                opens_document = True
+                continue
+            if line.startswith("= = ="):
+                opens_document = True
+            n_documents += opens_document
+            if boundary == "line" or (boundary == "document" and opens_document):
+                content += "<s>"
+            content += line
+            if boundary != "line":
+                content += "\n"
+            opens_document = False
+    return content, n_documents
+
+
+LINES = [
+    "",
+    "",
+    "duck",
+    "= = = Pond = = =",
+    "= = =",
+    "= = no",
+    "a = = = b",
+    "x" * 40,
+    "?",
+    " ",
+    "\t ",
+]
+LINES += ["é世界 ice", "the ice\r", "a\rb", "\0", "\x85\u2028\u2029\u3000\xa0", "\x1c\x1d\x0b\x0c"]
+LINES += [
+    "e\u0301\u0323",
+    "👩‍👩‍👧 👍🏽🇫🇮",
+    "\u202eשלום עולם\u200f",
+    "<s></s><mask><pad>",
+    "\U0010ffff\ufffe",
+]
+
+
+def odd_texts() -> list[str]:
+    rng = random.Random(1)
+    texts = [
+        TEXT,
+        "",
+        "no newline at the end",
+        "\n\n\n",
+        "\n\nblank lines first\n",
+        "\n",
+        "= = = Title = = =\nline\n= = =\n\n\nline\n\n",
+        "dos\r\nline\r\n= = = dos = = =\r\n",
+    ]
+    for n_lines in (1, 5, 300):
+        texts.append("\n".join(rng.choices(LINES, k=n_lines)))
+    return texts
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("block_bytes", [7, 64, prepare.BLOCK_BYTES])
+def test_starts_stand_where_plain_python_puts_them(
+    tmp_path, monkeypatch, tokenizer_path, boundary, block_bytes
+):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    texts = odd_texts()
+    corpus = make_corpus(
+        tmp_path, texts, [TEXT[::-1]], boundary=boundary, tokenizer=str(tokenizer_path)
+    )
+    content, n_documents = plain_corpus(texts, boundary)
+    assert decode(corpus) == content
+    assert decode(corpus, "dev") == plain_corpus([TEXT[::-1]], boundary)[0]
+    assert corpus.meta["train"]["documents"] == n_documents
+
+
+@pytest.mark.parametrize("text", ["a\n", "ab\n", "abc\n", "?", "x\n\ny\n"])
+def test_a_text_shorter_than_a_heading_of_byte_tokens(tmp_path, text):
+    corpus = make_corpus(tmp_path, [text], [text], vocab_size=260)
+    assert decode(corpus) == plain_corpus([text], "line")[0]
+
+
+@pytest.mark.parametrize("block_bytes", [3, prepare.BLOCK_BYTES])
+def test_files_from_windows_read_as_others(tmp_path, monkeypatch, tokenizer_path, block_bytes):
+    r"""A byte-order mark is no text, \r\n is a newline; a \r alone stays what it is."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    text = "= = = Pond = = =\n\n\nthe ducks\n \nnaïve\r duck\nthe \ufeff end"
+    windows_text = "\ufeff" + text.replace("\n", "\r\n")
+    options = {"tokenizer": str(tokenizer_path)}
+    unix = make_corpus(tmp_path / "unix", [text], [text], **options)
+    windows = make_corpus(tmp_path / "windows", [windows_text], [windows_text], **options)
+    assert decode(unix) == "<s>= = = Pond = = =<s>the ducks<s> <s>naïve\r duck<s>the \ufeff end"
+    assert np.array_equal(windows.train, unix.train)
+    assert np.array_equal(windows.dev, unix.dev)
+    for corpus in (unix, windows):
+        assert corpus.meta["train"]["words"] == 14
+        assert corpus.meta["train"]["documents"] == 2
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_encode_text_is_how_a_text_opens_a_corpus(tmp_path, tokenizer, tokenizer_path, boundary):
+    text = "The ducks swim .\nThe ice thaws .\nquack"
+    corpus = make_corpus(tmp_path, [text], boundary=boundary, tokenizer=str(tokenizer_path))
+    ids = corpus.train.tolist()
+    newline = tokenizer.encode("\n")
+    if boundary == "none":
+        ids = newline + ids  # as after another line
+    if boundary != "line":
+        assert ids[-1:] == newline
+        ids = ids[:-1]
+    assert tokenizer.encode_text(text, boundary) == ids
+
+
+def test_text_that_spells_a_special_token_never_becomes_one(tmp_path, tokenizer_path):
+    text = "<s>a <mask> b</s> <pad><pad>\n<s>\n</s> <s><mask>\n"
+    corpus = make_corpus(tmp_path, [text], tokenizer=str(tokenizer_path))
+    special = [token for token in corpus.train.tolist() if token <= MASK]
+    assert special == [START] * 3  # one for each line
+
+
+# ------------------------------------------------------------------------------------- meta.json
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_meta_tells_what_the_files_hold(tmp_path, tokenizer_path, boundary):
+    texts = odd_texts()
+    corpus = make_corpus(tmp_path, texts, boundary=boundary, tokenizer=str(tokenizer_path))
+    meta = corpus.meta
+    assert meta["boundary"] == boundary
+    assert meta["vocab_size"] == 380
+    assert meta["tokenizer_sha256"] == hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+
+    raw = (tmp_path / "corpus" / "train.bin").read_bytes()
+    ids = np.frombuffer(raw, np.uint16)
+    stats = meta["train"]
+    assert stats["tokens"] == len(ids)
+    assert stats["max_id"] == ids.max()
+    assert stats["words"] == sum(len(text.split()) for text in texts)
+    assert stats["bytes"] == sum(len(text.encode()) for text in texts)
+    assert stats["sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_meta_tells_where_each_file_begins(tmp_path, tokenizer_path, boundary):
+    """So that a curriculum can tell sources apart; an empty file begins where the next one does."""
+    texts = ["the ducks\n\nthe ice", "", TEXT, "quack\n"]
+    corpus = make_corpus(tmp_path, texts, boundary=boundary, tokenizer=str(tokenizer_path))
+    files = corpus.meta["train"]["files"]
+    assert [file["name"] for file in files] == [str(tmp_path / f"{i}.train") for i in range(4)]
+    assert len(corpus.meta["dev"]["files"]) == 1
+    starts = [file["start"] for file in files]
+    stops = [*starts[1:], corpus.meta["train"]["tokens"]]
+    for text, start, stop in zip(texts, starts, stops, strict=True):
+        ids = corpus.train[start:stop].tolist()
+        assert corpus.tokenizer.decode(ids) == plain_corpus([text], boundary)[0]
+
+
+def test_a_folder_of_texts_gives_the_same_bytes_every_time(tmp_path):
+    text = tmp_path / "text"
+    (text / "sub").mkdir(parents=True)
+    (text / "b.txt").write_text("second\n")
+    (text / "sub" / "c.dev").write_text("third\n")
+    (text / "a.train").write_text("first\n")
+    (text / "notes.md").write_text("not text\n")
+    for out in ("one", "two"):
+        arguments = [str(text)], [str(text / "b.txt")], str(tmp_path / out)
+        prepare.prepare(*arguments, vocab_size=265, boundary="none")
+    corpus = Corpus(tmp_path / "one")
+    assert decode(corpus) == "first\nsecond\nthird\n"
+    assert decode(corpus, "dev") == "second\n"
+    for name in ("tokenizer.json", "train.bin", "dev.bin", "meta.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_given_tokenizer_is_used_as_it_is(tmp_path, tokenizer, tokenizer_path):
+    text = "zebras dazzle\n"  # would train another one
+    corpus = make_corpus(tmp_path, [text], tokenizer=str(tokenizer_path))
+    assert (tmp_path / "corpus" / "tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
+    assert corpus.train.tolist() == [START, *tokenizer.encode("zebras dazzle")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
+def test_token_files_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype):
+    merges = []
+    for first in range(256):
+        for second in range(256):
+            merges.append((bytes([first]), bytes([second])))
+    merges.remove((b"z", b"q"))
+    merges = [*merges[: vocab_size - 261], (b"z", b"q")]
+    save_tokenizer(tmp_path / "large.json", merges)
+    corpus = make_corpus(tmp_path, ["zq zq\n"], tokenizer=str(tmp_path / "large.json"))
+    assert corpus.vocab_size == vocab_size
+    assert corpus.train[1] == corpus.train.max() == vocab_size - 1
+    assert np.array_equal(np.fromfile(tmp_path / "corpus" / "train.bin", dtype), corpus.train)
+    assert decode(corpus) == "<s>zq zq"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line", ["the ducks swim , " * 30_000, "a" * 500_000, " " * 500_000 + "x", "世é" * 100_000]
+)
+def test_one_very_long_line(tmp_path, line):
+    corpus = make_corpus(tmp_path, [f"a duck\n{line}\n"], vocab_size=290, boundary="none")
+    assert decode(corpus) == f"a duck\n{line}\n"
+
+
+def test_fewer_tokens_than_asked_for_are_announced(tmp_path, capsys):
+    corpus = make_corpus(tmp_path, ["ab\n"], vocab_size=300)
+    assert corpus.vocab_size == 261
+    assert "1 merges: 261 tokens, not 300" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+BAD_TEXTS = {  # training texts, development text, what the line must say
+    "empty": ([""], GOOD, ["0.train", "no words"]),
+    "blank lines": (["\n \n\t\r\n"], GOOD, ["0.train", "no words"]),
+    "empty dev": ([GOOD], "\n" * 9, ["0.dev", "no words"]),
+    "not UTF-8": ([b"duck\n\xff\n"], GOOD, ["0.train", "byte 5 "]),
+    "in a later block": ([b"duck\n" * 20 + b"du\xe4ck\n"], GOOD, ["0.train", "byte 102 "]),
+    "in a long line": ([b"duck " * 20 + b"\xc0"], GOOD, ["0.train", "byte 100 "]),
+    "in the second file": ([GOOD, b"\n\n\x80"], GOOD, ["1.train", "byte 2 "]),
+    "cut at the end": (["ducks 世".encode()[:-1]], GOOD, ["0.train", "byte 6 "]),
+    "not UTF-8 in dev": ([GOOD], b"quack\n\xff", ["0.dev", "byte 6 "]),
+}
+
+
+def folders_in(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.is_dir()]
+
+
+@pytest.mark.parametrize("train, dev, expected", BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_bad_text_is_one_line_and_leaves_no_folder(tmp_path, monkeypatch, train, dev, expected):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 16)
+    with pytest.raises(UserError) as error:
+        make_corpus(tmp_path, train, [dev])
+    assert "\n" not in str(error.value)
+    for part in expected:
+        assert part in str(error.value)
+    assert folders_in(tmp_path) == []
+
+
+def test_a_bad_byte_beyond_a_full_block_has_its_offset(tmp_path):
+    n_lines = prepare.BLOCK_BYTES // 5 + 3
+    (tmp_path / "long.txt").write_bytes(b"duck\n" * n_lines + b"d\xff")
+    with pytest.raises(UserError, match=rf"long.txt: byte {5 * n_lines + 1} "):
+        list(prepare.read_blocks(tmp_path / "long.txt"))
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--vocab_size 259: must be at least 260"):
+        make_corpus(tmp_path, [GOOD], vocab_size=259)
+    assert folders_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["nowhere.train", "folder"])
+def test_missing_text_and_a_folder_without_text_are_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "text.md").write_text(GOOD)
+    with pytest.raises(UserError) as error:
+        prepare.text_files([str(tmp_path / name)])
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "mine").write_text("precious")
+    with pytest.raises(UserError, match="exists already.*--out"):
+        make_corpus(tmp_path, [GOOD])
+    assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_bad_tokenizer_is_named_as_the_user_named_it(tmp_path, content):
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        make_corpus(tmp_path, [GOOD], tokenizer=str(path))
+    assert str(error.value).startswith(f"{path}: ")
+    assert folders_in(tmp_path) == []
+
+
+def run_program(folder: Path, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    (tmp_path / "good.txt").write_text(TEXT, "utf-8")
+    (tmp_path / "bad.txt").write_bytes(b"quack\n" + b"\xe9t\xe9\n")
+    arguments = ["--dev", "good.txt", "--out", "deep/corpus", "--vocab_size", 300]
+
+    failed = run_program(tmp_path, "bad.txt", *arguments)
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("prepare.py: bad.txt: byte 6 ")
+    assert failed.stderr.count("\n") == 1
+
+    done = run_program(tmp_path, "good.txt", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert f"{len(TEXT.split())} words" in done.stdout
+    assert Corpus(tmp_path / "deep" / "corpus").vocab_size == 300
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["corpus"]
+
+    usage = run_program(tmp_path, "--help")
+    assert "(default: 16384)" in usage.stdout
+    assert "(default: line)" in usage.stdout
