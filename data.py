@@ -230,18 +230,21 @@ OBJECTIVES = {
 }
 
 
-def find_objectives(schedule: str, path: Path | str) -> list[str]:
+def find_objectives(schedule: str, path: Path | None = None) -> list[str]:
     """Return the names of the objectives in a schedule, in the order in which they occur.
 
-    path: the checkpoint or file that the schedule stands in
-    Raises UserError that names it where OBJECTIVES lacks one.
+    path: the checkpoint that the schedule comes from
+    Raises UserError where OBJECTIVES lacks one.
     """
     names = []
     for phase in parse(schedule):
         names += phase.objectives
     for name in names:
         known = ", ".join(OBJECTIVES)
-        require(name in OBJECTIVES, f"{path}: schedule: {name!r} is not one of {known} (data.py)")
+        source = f"{path}: " if path else ""
+        require(
+            name in OBJECTIVES, f"{source}schedule {schedule!r}: {name!r} is not one of {known}"
+        )
     return list(dict.fromkeys(names))
 
 

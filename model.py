@@ -38,10 +38,13 @@ class ModelConfig:
     max_position: int = 512  # LTG-BERT: distances from here on share the last bucket
 
     def __post_init__(self):
-        known = ", ".join(BACKBONES)
-        require(self.backbone in BACKBONES, f"backbone = {self.backbone!r}: not one of {known}")
+        require(
+            self.backbone in BACKBONES,
+            f"backbone = {self.backbone!r} must be one of {', '.join(BACKBONES)}",
+        )
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ff"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"{name} = {value} must be at least 1")
         require(
             self.n_embd % self.n_head == 0,
             f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}",

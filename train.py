@@ -90,49 +90,82 @@ class Settings:
 
     def check(self):
         """Raise UserError, which names the settings, for a value or combination that cannot be."""
-        model_config = self.model_config(vocab_size=1)
-        phases = parse(self.schedule)
-        objectives = find_objectives(self.schedule, "settings")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-
         for field in fields(self):
             value = getattr(self, field.name)
             require(value != "", f"{field.name} must not be empty")
             if field.type is float:
                 require(math.isfinite(value), f"{field.name} = {value} must be finite")
-        require(self.optimizer in OPTIMIZERS, f"optimizer: not one of {', '.join(OPTIMIZERS)}")
-        require(self.lr_decay in DECAYS, f"lr_decay: not one of {', '.join(DECAYS)}")
-        require(self.device in DEVICES, f"device: not one of {', '.join(DEVICES)}")
-        require(self.precision in PRECISIONS, f"precision: not one of {', '.join(PRECISIONS)}")
-        require(self.compile in ("auto", "on", "off"), "compile: not one of auto, on, off")
-
+        choices = {
+            "optimizer": OPTIMIZERS,
+            "lr_decay": DECAYS,
+            "device": DEVICES,
+            "precision": PRECISIONS,
+            "compile": ("auto", "on", "off"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            require(value in known, f"{name} = {value!r} must be one of {', '.join(known)}")
         for name in ("batch_rows", "micro_rows", "log_every", "eval_rows", "save_every", "keep"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"{name} = {value} must be at least 1")
         for name in ("seed", "weight_decay", "clip", "skip_nonfinite", "eval_every"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
-        require(self.lr > 0, "lr must be greater than 0")
-        require(self.eps > 0, "eps must be greater than 0")
-        require(0 <= self.lr_min_ratio <= 1, "lr_min_ratio is a share: it must lie in [0, 1]")
+            value = getattr(self, name)
+            require(value >= 0, f"{name} = {value} must not be negative")
         for name in ("warmup", "beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1)")
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} = {value} must lie in [0, 1)")
+        require(self.lr > 0, f"lr = {self.lr} must be greater than 0")
+        require(self.eps > 0, f"eps = {self.eps} must be greater than 0")
+        require(
+            0 <= self.lr_min_ratio <= 1,
+            f"lr_min_ratio = {self.lr_min_ratio} is a share of the peak: it must lie in [0, 1]",
+        )
 
+        self.check_rows()
+        self.check_schedule()
+
+    def check_rows(self):
+        """Raise UserError for a row that the backbone cannot take or that hides all or nothing."""
         T = self.block_size
-        require(T >= 2, "block_size must be at least 2 tokens")
-        longest = model_config.max_tokens
-        require(longest is None or T <= longest, f"block_size: {self.backbone} takes {longest}")
-        require(self.mask_span >= 1, "mask_span must be at least 1 token")
-        require(0 < self.eval_mask_rate < 1, "eval_mask_rate must lie between 0 and 1")
+        longest = self.model_config(vocab_size=1).max_tokens
+        require(T >= 2, f"block_size = {T} must be at least 2 tokens")
+        require(
+            longest is None or T <= longest,
+            f"block_size = {T} is longer than the {longest} tokens that {self.backbone} can take",
+        )
+        require(self.mask_span >= 1, f"mask_span = {self.mask_span} must be at least 1 token")
+        require(
+            0 < self.eval_mask_rate < 1,
+            f"eval_mask_rate = {self.eval_mask_rate} must lie between 0 and 1",
+        )
+        objectives = find_objectives(self.schedule)
         if any(OBJECTIVES[name].max_rate is None for name in objectives):
             for name in ("mask_start", "mask_end"):
-                n_hidden = getattr(self, name) * T
-                require(1 <= n_hidden <= T - 1, f"{name} must hide 1 to {T - 1} of {T} tokens")
-        require(self.batch_rows % world == 0, f"batch_rows: not a multiple of {world} processes")
+                rate = getattr(self, name)
+                require(
+                    1 <= rate * T <= T - 1,
+                    f"{name} = {rate} must hide at least 1 and leave at least 1 of {T} tokens",
+                )
+
+    def check_schedule(self):
+        """Raise UserError for a batch that cannot be shared, and for too many epochs."""
+        phases = parse(self.schedule)
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        require(
+            self.batch_rows % world == 0,
+            f"batch_rows = {self.batch_rows} must be a multiple of the {world} processes",
+        )
         for phase in phases:
             least = sum(weight for _, weight in phase.mix)
-            require(self.batch_rows >= least, f"batch_rows: {phase} needs at least {least} rows")
-        if self.babylm_rules:
-            epochs = sum(phase.epochs for phase in phases)
-            require(epochs <= 10, f"schedule: babylm_rules allow 10 epochs, not {epochs}")
+            require(
+                self.batch_rows >= least,
+                f"batch_rows = {self.batch_rows} cannot be shared as {phase}: at least {least}",
+            )
+        epochs = sum(phase.epochs for phase in phases)
+        require(
+            epochs <= 10 or not self.babylm_rules,
+            f"schedule = {self.schedule!r} has more than the 10 epochs that babylm_rules allow",
+        )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
