@@ -353,6 +353,10 @@ class Batches:
             self.order_epoch = epoch
         return self.order_rows
 
+    def offset(self, epoch: int) -> int:
+        """Return the id in which the first row of the text begins in an epoch."""
+        return int(hash64(self.seed, OFFSET, epoch)[0] % np.uint64(len(self.ids)))
+
     def slots(self, objective: str) -> int:
         """K of an objective: how many positions of a row may be hidden, at most."""
         rate = OBJECTIVES[objective].max_rate
@@ -372,9 +376,9 @@ class Batches:
         # positions count from this epoch's offset, and run on at the beginning of the text
         position = number * self.block_size + np.arange(self.block_size)
         inside = (position < len(self.ids)) & exists[:, None]
-        offset = int(hash64(self.seed, OFFSET, epoch)[0] % np.uint64(len(self.ids)))
-        tokens = self.ids[(position + offset) % len(self.ids)].astype(np.int64)
-        following = self.ids[(position + offset + 1) % len(self.ids)].astype(np.int64)
+        place_in_text = position + self.offset(epoch)
+        tokens = self.ids[place_in_text % len(self.ids)].astype(np.int64)
+        following = self.ids[(place_in_text + 1) % len(self.ids)].astype(np.int64)
         return Rows(tokens, following, inside, number, place, self.seed, epoch)
 
     def batch(

@@ -372,6 +372,10 @@ def any_length(config: ModelConfig) -> None:
     return None
 
 
+def any_size(config: ModelConfig):
+    """A backbone that asks no more of its sizes than ModelConfig does."""
+
+
 class Backbone(NamedTuple):
     """What differs between the models.
 
@@ -387,7 +391,7 @@ class Backbone(NamedTuple):
     block: type[nn.Module]
     head: type[nn.Module]
     init: Callable[["Transformer"], None]
-    check: Callable[[ModelConfig], None]
+    check: Callable[[ModelConfig], None] = any_size
     max_tokens: Callable[[ModelConfig], int | None] = any_length
 
 
