@@ -130,6 +130,7 @@ def test_runs_of_equal_names_are_told_apart_by_their_paths():
     assert plot.names_of([Path("a/run")]) == ["run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule, n_names",
     [
