@@ -1,4 +1,5 @@
-# The published comparison for BabyLlama (arXiv 2412.03275): 58M parameters, 10M words, 24 epochs, for a GPU.
+# The published comparison for BabyLlama (arXiv 2412.03275): 58M parameters, 10M words, 24 epochs,
+# for a GPU.
 text = "babylm_10M"
 dev = "babylm_dev"
 corpus = "corpora/babylm_16000"

@@ -1,14 +1,25 @@
-# Does alternating beat either objective alone at equal epochs? The reduced study, for a CPU: a BabyLlama of 3.4 million
-# parameters, 24 epochs of a 50th of the text (200 thousand of 10 million words), a tenth of BLiMP, three seeds. What came of
-# it: RESULTS.md.
+# Does alternating beat either objective alone at equal epochs? The reduced study, for a CPU: a
+# BabyLlama of 3.4 million parameters, 24 epochs of a 50th of the text (200 thousand of 10 million
+# words), a tenth of BLiMP, three seeds. What came of it: docs/results.md.
 text = "babylm_10M"
 dev = "babylm_dev"
 slice = 50  # of every 50 blocks of 100 lines of each file the first, so each source keeps its share
 vocab_size = 4096  # small, so that the body and not the embedding has most of the parameters
 
 settings = dict(
-    backbone="babyllama", n_layer=6, n_head=3, n_embd=192, n_ff=512, tied=True,
-    block_size=128, batch_rows=32, micro_rows=32, lr=2e-3, keep=1, eval_every=200, compile="on",
+    backbone="babyllama",
+    n_layer=6,
+    n_head=3,
+    n_embd=192,
+    n_ff=512,
+    tied=True,
+    block_size=128,
+    batch_rows=32,
+    micro_rows=32,
+    lr=2e-3,
+    keep=1,
+    eval_every=200,
+    compile="on",
 )
 arms = {
     "clm": dict(schedule="24_CLM"),

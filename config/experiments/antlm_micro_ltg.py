@@ -1,4 +1,5 @@
-# antlm_micro.py with an LTG-BERT: the same text, arms and scores; optimizer and masking of config/ltg_bert_small.py.
+# antlm_micro.py with an LTG-BERT: the same text, arms and scores; optimizer and masking of
+# config/ltg_bert_small.py.
 text = "babylm_10M"
 dev = "babylm_dev"
 slice = 50
@@ -6,8 +7,16 @@ vocab_size = 4096
 
 config = "config/ltg_bert_small.py"
 settings = dict(
-    n_layer=6, n_head=3, n_embd=192, n_ff=512, batch_rows=32, micro_rows=32, lr=5e-3,
-    keep=1, eval_every=200, compile="on",
+    n_layer=6,
+    n_head=3,
+    n_embd=192,
+    n_ff=512,
+    batch_rows=32,
+    micro_rows=32,
+    lr=5e-3,
+    keep=1,
+    eval_every=200,
+    compile="on",
 )
 arms = {
     "clm": dict(schedule="24_CLM"),

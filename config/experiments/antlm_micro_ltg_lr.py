@@ -6,11 +6,26 @@ vocab_size = 4096
 
 config = "config/ltg_bert_small.py"
 settings = dict(
-    n_layer=6, n_head=3, n_embd=192, n_ff=512, batch_rows=32, micro_rows=32, keep=1,
-    eval_every=200, compile="on",
+    n_layer=6,
+    n_head=3,
+    n_embd=192,
+    n_ff=512,
+    batch_rows=32,
+    micro_rows=32,
+    keep=1,
+    eval_every=200,
+    compile="on",
 )
-arms = {f"{objective}_{lr}": dict(schedule=f"6_{objective}", lr=lr)
-        for objective in ("CLM", "MLM") for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)}
+arms = {
+    "CLM_2.5e-3": dict(schedule="6_CLM", lr=2.5e-3),
+    "CLM_5e-3": dict(schedule="6_CLM", lr=5e-3),
+    "CLM_1e-2": dict(schedule="6_CLM", lr=1e-2),
+    "CLM_2e-2": dict(schedule="6_CLM", lr=2e-2),
+    "MLM_2.5e-3": dict(schedule="6_MLM", lr=2.5e-3),
+    "MLM_5e-3": dict(schedule="6_MLM", lr=5e-3),
+    "MLM_1e-2": dict(schedule="6_MLM", lr=1e-2),
+    "MLM_2e-2": dict(schedule="6_MLM", lr=2e-2),
+}
 seeds = 1
 first_seed = 9
 
