@@ -3,10 +3,14 @@
     AutoModelForMaskedLM, AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification
     .from_pretrained(FOLDER, trust_remote_code=True)
 
-AntLM's tools/export_hf.py puts this file beside the weights. It needs torch and transformers, 4.41 to 5.23 were tried.
-Whether a token sees those after it is said, in this order, by `causal=` of forward, by `causal` of config.json, and by
-the class: AutoModelForCausalLM is causal, the others are not. Parameters bear the names of the reference (ltg-bert).
-In comments: B rows, T tokens a row, D hidden_size, H heads, d = D / H, b position_bucket_size.
+tools/export_hf.py of AntLM puts this file beside the weights. It needs torch and transformers,
+4.41 or newer. Parameters have the names of the reference code (ltg-bert).
+
+Does a token see those after it? The first of these that is set decides: `causal=` of forward,
+`causal` of config.json, the class (AutoModelForCausalLM is causal, the others are not).
+
+In comments: B rows, T tokens a row, D hidden_size, H heads, d = D / H, F intermediate_size,
+b position_bucket_size.
 """
 
 import math
@@ -24,95 +28,112 @@ from transformers.modeling_outputs import (
 
 
 class LtgBertConfig(PretrainedConfig):
-    """Sizes. max_position: distances from here on share a bucket; None: max_position_embeddings, as in ltg-bert."""
+    """Settings of the network; transformers sets those that config.json holds, see export_hf.py."""
 
     model_type = "ltgbert"
-
-    def __init__(self, vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
-                 num_attention_heads=12, position_bucket_size=32, max_position_embeddings=512, max_position=None,
-                 hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, layer_norm_eps=1e-7, causal=None,
-                 pad_token_id=0, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True, use_cache=False, **kwargs):
-        super().__init__(**kwargs)
-        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.position_bucket_size = position_bucket_size
-        self.max_position_embeddings, self.max_position = max_position_embeddings, max_position
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        self.layer_norm_eps, self.causal = layer_norm_eps, causal
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
-        self.tie_word_embeddings, self.use_cache = tie_word_embeddings, use_cache  # no cache: generate recomputes
+    causal = None  # True or False for every class; None: the class decides
+    max_position = None  # distances from here on share a bucket; None: max_position_embeddings
+    use_cache = False  # there is no cache: generate computes all positions at every step
 
 
 def position_buckets(n_bucket, max_position):
-    """Table row of every distance i - j from -(max_position - 1) to max_position - 1 (DeBERTa, He et al. 2021, A.3)."""
-    mid = n_bucket // 2
+    """Return the row of the position table for each distance that has one of its own.
 
-    def bucket(r):
-        a = abs(r)
-        if a > mid:  # the 1e-9 keeps ceil of a whole number whole under rounding
-            a = mid + math.ceil(math.log(a / mid) / math.log((max_position - 1) / mid) * (mid - 1) - 1e-9)
-        return a if r >= 0 else -a
+    Distances run from 1 - max_position to max_position - 1. The near ones have a row each, the far
+    ones share rows that cover ever more of them (DeBERTa, He et al. 2021, appendix A.3).
+    """
+    middle = n_bucket // 2
+    rows = []
+    for distance in range(1 - max_position, max_position):
+        bucket = abs(distance)
+        if bucket > middle:
+            share = math.log(bucket / middle) / math.log((max_position - 1) / middle)
+            # the 1e-9 keeps a whole number whole where rounding has lifted it
+            bucket = middle + math.ceil(share * (middle - 1) - 1e-9)
+        if distance < 0:
+            bucket = -bucket
+        rows.append(n_bucket - 1 + bucket)
+    return rows
 
-    return [n_bucket - 1 + bucket(r) for r in range(1 - max_position, max_position)]
 
-
-def skew(x):
-    """Column T - 1 + j - i of row i moves to column j: (..., T, 2T - 1) -> (..., T, T), without an index tensor."""
-    T = x.size(-2)
-    return x.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, 2 * T - 2))[..., :T] if T > 1 else x
-
-
-def bare_norm(c, size):
-    return nn.LayerNorm(size, eps=c.layer_norm_eps, elementwise_affine=False)
+def bare_norm(config, size):
+    return nn.LayerNorm(size, eps=config.layer_norm_eps, elementwise_affine=False)
 
 
 class Embedding(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.word_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.word_layer_norm = bare_norm(c, c.hidden_size)
-        self.dropout = nn.Dropout(c.hidden_dropout_prob)
-        self.relative_embedding = nn.Parameter(torch.empty(2 * c.position_bucket_size - 1, c.hidden_size))
-        self.relative_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.max_distance = (c.max_position or c.max_position_embeddings) - 1
-        self.buckets = position_buckets(c.position_bucket_size, self.max_distance + 1)  # no buffer: 5.x would lose it
+        D = config.hidden_size
+        self.word_embedding = nn.Embedding(config.vocab_size, D)
+        self.word_layer_norm = bare_norm(config, D)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.relative_embedding = nn.Parameter(torch.empty(2 * config.position_bucket_size - 1, D))
+        self.relative_layer_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+
+        # a list and no buffer: transformers 5 would lose a buffer that is not in the weights file
+        max_position = config.max_position or config.max_position_embeddings
+        self.max_distance = max_position - 1
+        self.buckets = position_buckets(config.position_bucket_size, max_position)
 
     def forward(self, input_ids):
-        """(B, T) -> x (B, T, D), position table (2b - 1, D), and its row for each distance from T - 1 down to 1 - T."""
-        T = input_ids.size(1)
-        distances = torch.arange(T - 1, -T, -1, device=input_ids.device).clamp(-self.max_distance, self.max_distance)
-        rows = torch.tensor(self.buckets, device=input_ids.device)[distances + self.max_distance]
+        """Return what the layers work on.
+
+        x (B, T, D), the position table (2b - 1, D), and its row for each query and key (T, T)
+        """
         x = self.dropout(self.word_layer_norm(self.word_embedding(input_ids)))
-        return x, self.relative_layer_norm(self.relative_embedding), rows
+        table = self.relative_layer_norm(self.relative_embedding)
+
+        position = torch.arange(input_ids.size(1), device=input_ids.device)
+        distance = position[:, None] - position
+        distance = distance.clamp(-self.max_distance, self.max_distance)
+        buckets = torch.tensor(self.buckets, device=input_ids.device)
+        return x, table, buckets[distance + self.max_distance]
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    """Attention with disentangled relative positions (DeBERTa, He et al. 2021, section 3.1)."""
+
+    def __init__(self, config):
         super().__init__()
-        self.n_head = c.num_attention_heads
-        self.pre_layer_norm = bare_norm(c, c.hidden_size)
-        self.in_proj_qk = nn.Linear(c.hidden_size, 2 * c.hidden_size)
-        self.in_proj_v = nn.Linear(c.hidden_size, c.hidden_size)
-        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        self.post_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.dropout = nn.Dropout(c.attention_probs_dropout_prob)
+        D = config.hidden_size
+        self.n_head = config.num_attention_heads
+        self.pre_layer_norm = bare_norm(config, D)
+        self.in_proj_qk = nn.Linear(D, 2 * D)
+        self.in_proj_v = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+        self.post_layer_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, x, table, rows, hidden):  # hidden: which keys a query may not see, (B or 1, 1, T or 1, T)
-        def heads(y):
-            return y.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, d)
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, d)
 
-        h = self.pre_layer_norm(x)
-        q, k = map(heads, self.in_proj_qk(h).chunk(2, dim=-1))  # (B, H, T, d)
-        q_pos, k_pos = map(heads, self.in_proj_qk(self.dropout(table)).chunk(2, dim=-1))  # (H, 2b - 1, d)
-        scale = (3 * q.size(-1)) ** -0.5
-        content_to_position = skew(q @ k_pos[:, rows].mT)  # q_i . k_pos[i - j]
-        position_to_content = skew(k @ q_pos[:, rows.flip(0)].mT).mT  # k_j . q_pos[i - j]
+    def forward(self, x, table, rows, hidden):
+        """Return (B, T, D). hidden (B or 1, 1, T or 1, T): True where a query may not see a key."""
+        # content: q, k and v (B, H, T, d)
+        x = self.pre_layer_norm(x)
+        q, k = self.in_proj_qk(x).chunk(2, dim=-1)
+        q = self.split_heads(q)
+        k = self.split_heads(k)
+        v = self.split_heads(self.in_proj_v(x))
+
+        # positions pass through the same matrices as content: (H, 2b - 1, d)
+        q_position, k_position = self.in_proj_qk(self.dropout(table)).chunk(2, dim=-1)
+        q_position = self.split_heads(q_position)
+        k_position = self.split_heads(k_position)
+
+        # add q_i . k_position[i - j] and k_j . q_position[i - j] to the score q_i . k_j
+        rows = rows.expand(*q.shape[:2], -1, -1)  # (B, H, T, T)
+        content_to_position = (q @ k_position.mT).gather(-1, rows)
+        position_to_content = (k @ q_position.mT).gather(-1, rows.mT).mT
+        scale = (3 * q.size(-1)) ** -0.5  # the score is a sum of three products, not of one
         bias = (content_to_position + position_to_content) * scale
-        # Not -inf: a pad that may see nothing (causal, padded on the left) would turn into NaN and spread.
+
+        # not -inf: a pad on the left that may see nothing would turn into NaN, and NaN spreads
         bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
-        y = F.scaled_dot_product_attention(q, k, heads(self.in_proj_v(h)), attn_mask=bias, scale=scale,
-                                           dropout_p=self.dropout.p if self.training else 0.0)
-        return self.dropout(self.post_layer_norm(self.out_proj(y.transpose(-3, -2).flatten(-2))))
+        rate = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, bias, rate, scale=scale)
+        y = y.transpose(-3, -2).flatten(-2)
+        return self.dropout(self.post_layer_norm(self.out_proj(y)))
 
 
 class GeGLU(nn.Module):
@@ -122,22 +143,28 @@ class GeGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
+        D = config.hidden_size
+        n_ff = config.intermediate_size
         self.mlp = nn.Sequential(
-            bare_norm(c, c.hidden_size), nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False), GeGLU(),
-            bare_norm(c, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size, bias=False),
-            nn.Dropout(c.hidden_dropout_prob))
+            bare_norm(config, D),
+            nn.Linear(D, 2 * n_ff, bias=False),
+            GeGLU(),
+            bare_norm(config, n_ff),
+            nn.Linear(n_ff, D, bias=False),
+            nn.Dropout(config.hidden_dropout_prob),
+        )
 
     def forward(self, x):
         return self.mlp(x)
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.attention = Attention(c)
-        self.mlp = FeedForward(c)
+        self.attention = Attention(config)
+        self.mlp = FeedForward(config)
 
     def forward(self, x, table, rows, hidden):
         x = x + self.attention(x, table, rows, hidden)
@@ -145,28 +172,32 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, c):
+    """All layers; a class of its own since the names of parameters are those of ltg-bert."""
+
+    def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.gradient_checkpointing = False
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, table, rows, hidden):
-        """Hidden states: what goes into each layer, and what comes out of the last."""
+        """Return what goes into each layer and what comes out of the last: n_layer + 1 tensors."""
         states = [x]
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                states.append(self._gradient_checkpointing_func(layer.__call__, states[-1], table, rows, hidden))
-            else:
-                states.append(layer(states[-1], table, rows, hidden))
+            states.append(layer(states[-1], table, rows, hidden))
         return tuple(states)
 
 
 class Head(nn.Module):
-    def __init__(self, c, n_out):
+    def __init__(self, config, n_out):
         super().__init__()
+        D = config.hidden_size
         self.nonlinearity = nn.Sequential(
-            bare_norm(c, c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size), nn.GELU(),
-            bare_norm(c, c.hidden_size), nn.Dropout(c.hidden_dropout_prob), nn.Linear(c.hidden_size, n_out))
+            bare_norm(config, D),
+            nn.Linear(D, D),
+            nn.GELU(),
+            bare_norm(config, D),
+            nn.Dropout(config.hidden_dropout_prob),
+            nn.Linear(D, n_out),
+        )
 
     def forward(self, x):
         return self.nonlinearity(x)
@@ -176,10 +207,7 @@ class LtgBertModel(PreTrainedModel):
     """The transformer without a head; the classes below add one."""
 
     config_class = LtgBertConfig
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["EncoderLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"position_indices"]  # ltg-bert stores the buckets
+    output_class = BaseModelOutput
     causal_by_default = False
 
     def __init__(self, config):
@@ -190,9 +218,10 @@ class LtgBertModel(PreTrainedModel):
         self.post_init()
 
     def add_head(self, config):
-        """A fresh head, where a class has one."""
+        """Add a fresh head, in the classes that have one."""
 
     def _init_weights(self, module):
+        # as init_ltg of model.py without its factors by layer: it starts fresh heads and rows only
         std = math.sqrt(2 / (5 * self.config.hidden_size))
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -209,39 +238,69 @@ class LtgBertModel(PreTrainedModel):
     def set_input_embeddings(self, value):
         self.embedding.word_embedding = value
 
-    def is_causal_for(self, causal):
-        return next(x for x in (causal, self.config.causal, self.causal_by_default) if x is not None)
-
-    def encode(self, input_ids, attention_mask, causal, output_attentions):
-        """Hidden states, n_layers + 1 of (B, T, D). attention_mask (B, T) or (B, T, T), 0: may not be seen."""
-        if output_attentions:
-            raise ValueError("output_attentions: this model computes attention in one step and keeps no probabilities")
+    def encode(self, input_ids, attention_mask, causal):
+        """Return the hidden states, n_layer + 1 of shape (B, T, D)."""
+        # True where a key is hidden from a query: later ones, then pads
         T = input_ids.size(1)
         hidden = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-        if self.is_causal_for(causal):
+        if causal:
             hidden = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).triu(1)[None, None]
         if attention_mask is not None:
-            if attention_mask.dim() not in (2, 3):
-                raise ValueError(f"attention_mask: (B, T) or (B, T, T) was expected, not {tuple(attention_mask.shape)}")
-            seen = attention_mask.bool()
-            hidden = hidden | ~(seen[:, None, None] if seen.dim() == 2 else seen[:, None])
+            shape = tuple(attention_mask.shape)
+            if len(shape) not in (2, 3):
+                raise ValueError(f"attention_mask must be (B, T) or (B, T, T), not {shape}")
+            if len(shape) == 2:
+                attention_mask = attention_mask[:, None]  # every query sees the same keys
+            hidden = hidden | (attention_mask == 0)[:, None]
         return self.transformer(*self.embedding(input_ids), hidden)
 
-    def output(self, kind, states, output_hidden_states, return_dict, **fields):
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        out = kind(**fields, hidden_states=states if wanted else None)
-        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        labels=None,
+        causal=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
+    ):
+        """Return the output that is usual in transformers for this class.
 
-    def forward(self, input_ids, attention_mask=None, causal=None, output_hidden_states=None, output_attentions=None,
-                return_dict=None):
-        states = self.encode(input_ids, attention_mask, causal, output_attentions)
-        return self.output(BaseModelOutput, states, output_hidden_states, return_dict, last_hidden_state=states[-1])
+        attention_mask: (B, T), or (B, T, T) for each query; 0 where a key may not be seen
+        labels: see the classes that have a head
+        causal: may tokens see only those before them? None: as config.json or the class says
+        """
+        # transformers 4 passes this in generate, as False
+        if output_attentions:
+            raise ValueError("output_attentions: this model keeps no attention probabilities")
+        # who decides whether attention is causal?
+        for choice in (causal, self.config.causal, self.causal_by_default):
+            if choice is not None:
+                causal = choice
+                break
+        states = self.encode(input_ids, attention_mask, causal)
+        fields = self.answer(states[-1], labels, input_ids, attention_mask, causal)
+
+        # hand over what was asked for, in the form that was asked for
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states:
+            fields["hidden_states"] = states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        output = self.output_class(**fields)
+        return output if return_dict else output.to_tuple()
+
+    def answer(self, x, labels, input_ids, attention_mask, causal):
+        """Return the fields of output_class that follow from the last hidden state x (B, T, D)."""
+        return {"last_hidden_state": x}
 
 
 class LtgBertForMaskedLM(LtgBertModel):
-    """Scores of every token at every position; labels stand where their token does, -100 where nothing is asked."""
+    """Logits for every position; labels stand where their token does, -100 where none is asked."""
 
-    _tied_weights_keys = {"classifier.nonlinearity.5.weight": "embedding.word_embedding.weight"}  # 4.x reads the keys
+    # transformers 5 reads the pairs, 4 the keys alone
+    _tied_weights_keys = {"classifier.nonlinearity.5.weight": "embedding.word_embedding.weight"}
     output_class = MaskedLMOutput
 
     def add_head(self, config):
@@ -256,19 +315,18 @@ class LtgBertForMaskedLM(LtgBertModel):
     def loss(self, logits, labels):
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    def forward(self, input_ids, attention_mask=None, labels=None, causal=None, output_hidden_states=None,
-                output_attentions=None, return_dict=None):
-        states = self.encode(input_ids, attention_mask, causal, output_attentions)
-        logits = self.classifier(states[-1])
-        return self.output(self.output_class, states, output_hidden_states, return_dict, logits=logits,
-                           loss=None if labels is None else self.loss(logits, labels))
+    def answer(self, x, labels, input_ids, attention_mask, causal):
+        logits = self.classifier(x)
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": self.loss(logits, labels)}
 
 
 class LtgBertForCausalLM(LtgBertForMaskedLM, GenerationMixin):
-    """The same network asked for the next token; labels are the input, the shift is made here."""
+    """The same network asked for the next token; labels are the input, they are shifted here."""
 
-    causal_by_default = True
     output_class = CausalLMOutput
+    causal_by_default = True
 
     def loss(self, logits, labels):
         return super().loss(logits[:, :-1], labels[:, 1:])
@@ -278,29 +336,26 @@ class LtgBertForCausalLM(LtgBertForMaskedLM, GenerationMixin):
 
 
 class LtgBertForSequenceClassification(LtgBertModel):
-    """A fresh head on the first position, in causal mode on the last one that is no pad."""
+    """A fresh head on the first position; in causal mode on the last one that is no pad.
+
+    labels (B,) are numbers of classes.
+    """
+
+    output_class = SequenceClassifierOutput
 
     def add_head(self, config):
         self.num_labels = config.num_labels
         self.head = Head(config, config.num_labels)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, causal=None, output_hidden_states=None,
-                output_attentions=None, return_dict=None):
-        states = self.encode(input_ids, attention_mask, causal, output_attentions)
-        at = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        if self.is_causal_for(causal):
-            known = attention_mask is not None and attention_mask.dim() == 2
-            seen = attention_mask.bool() if known else input_ids != self.config.pad_token_id
-            at = (seen * torch.arange(1, seen.size(1) + 1, device=seen.device)).argmax(1)
-        logits = self.head(states[-1][torch.arange(len(at), device=at.device), at])
-        loss = None
-        if labels is not None:
-            kind = self.config.problem_type
-            if kind == "regression" or kind is None and self.num_labels == 1:
-                loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
-            elif kind == "multi_label_classification" or kind is None and labels.is_floating_point():
-                loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-            else:
-                loss = F.cross_entropy(logits.float(), labels.flatten())
-        fields = dict(logits=logits, loss=loss)
-        return self.output(SequenceClassifierOutput, states, output_hidden_states, return_dict, **fields)
+    def answer(self, x, labels, input_ids, attention_mask, causal):
+        position = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        if causal:
+            seen = input_ids != self.config.pad_token_id
+            if attention_mask is not None and attention_mask.dim() == 2:
+                seen = attention_mask != 0
+            # the largest of 1 to T among the seen ones, whichever side the pads are on
+            position = (seen * torch.arange(1, x.size(1) + 1, device=x.device)).argmax(dim=1)
+        logits = self.head(x[torch.arange(len(x), device=x.device), position])
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": F.cross_entropy(logits.float(), labels.flatten())}

@@ -1,0 +1,643 @@
+"""Exported folders against transformers: logits, losses, generation, tokenizers, model cards.
+
+    python -m pytest tests/test_export_hf.py                  # about 40 s, 15 of them imports
+    python -m pytest tests/test_export_hf.py -m "not slow"
+
+Needs transformers (4.41 or newer), tokenizers and safetensors.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+# hf_runs sets variables that transformers reads when it is imported
+from hf_runs import (  # isort: skip
+    KINDS,
+    TEXT,
+    Kind,
+    assert_close,
+    exported,
+    load_hf,
+    make_run,
+    some_tokens,
+    transformers,
+)
+import export_hf
+
+import config
+import eval as evaluation
+import model as model_module
+import prepare
+from antlm import IGNORE
+from antlm.checkpoint import checkpoints, load_checkpoint, load_model, save_checkpoint
+from antlm.tokenizer import (
+    END,
+    MASK,
+    PAD,
+    START,
+    Tokenizer,
+    save_tokenizer,
+    tokenizer_json,
+    train_bpe,
+)
+from config import UserError
+from sample import generate
+from train import Settings
+
+ROOT = Path(__file__).parent.parent
+REAL_TEXT = ROOT.parent / "shared" / "data" / "babylm_dev"
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "a\n\nb",
+    " \n ",
+    "x\r\ny\r\n",
+    "\ttab\u00a0nbsp\u2009thin\u3000wide\u2028line\u2029par\x85nel",
+    "\0a\0",
+    "e\u0301a\u0308\u0323",
+    "👩‍👩‍👧‍👦 👍🏽🇳🇴",
+    "שלום עולם, مرحبا",
+    "𝔘𝔫𝔦 \U0010ffff",
+    "it's  I'LL   they'd'd",
+    "  two  spaces  ",
+    "中文字 한국어",
+    "1234 12,5 ½ Ⅷ",
+    "\ufeffbom",
+    "a\u200db\u200ec",
+    "Speaker: hello\nSpeaker:  hi",
+    "ﬁ ﬂ ǆ",
+    "é\n🐟\n",
+    "<s",
+    "s>",
+    "< s >",
+]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_modes = pytest.mark.parametrize("causal", [True, False], ids=["causal", "open"])
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_babyllama_gives_the_same_logits_as_a_plain_llama(kind):
+    run = exported(kind)
+    llama = load_hf("AutoModelForCausalLM", run.folder)
+    tokens = some_tokens(run.model)
+    assert_close(llama(tokens).logits, run.model(tokens, causal=True))
+    T = tokens.size(1)
+    see_all = torch.zeros(3, 1, T, T)
+    open_logits = llama(tokens, attention_mask=see_all).logits
+    assert_close(open_logits, run.model(tokens, causal=False))
+
+    assert type(llama) is transformers.LlamaForCausalLM
+    assert not list(run.folder.glob("*.py"))  # no code of ours
+    assert llama.dtype == torch.float32
+    assert llama.config.max_position_embeddings >= 512
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("auto_class", ["AutoModelForMaskedLM", "AutoModelForCausalLM"])
+def test_ltg_bert_gives_the_same_logits_and_asks_who_sees_what(auto_class):
+    """Is attention causal? forward says it, or else config.json, or else the class."""
+    run = exported("ltg")
+    tokens = some_tokens(run.model)
+    logits = {causal: run.model(tokens, causal=causal) for causal in (True, False)}
+    assert (logits[True] - logits[False]).abs().max() > 1
+
+    by_class = auto_class == "AutoModelForCausalLM"
+    hf = load_hf(auto_class, run.folder)
+    hf.tie_weights()  # the 2024 pipeline does
+    assert_close(hf(tokens).logits, logits[by_class])
+    configured = load_hf(auto_class, run.folder, causal=not by_class)
+    assert_close(configured(tokens).logits, logits[not by_class])
+    for causal in (True, False):
+        configured.config.causal = not causal
+        assert_close(configured(tokens, causal=causal).logits, logits[causal])
+
+
+@torch.no_grad()
+@both_modes
+def test_ltg_bert_does_not_see_pads_on_either_side(causal):
+    run = exported("ltg")
+    hf = load_hf("AutoModelForMaskedLM", run.folder)
+    lengths = [40, 7, 1]
+    tokens = some_tokens(run.model)
+    expected = run.model(tokens, causal=causal, lengths=torch.tensor(lengths))
+
+    mask = (torch.arange(40) < torch.tensor(lengths)[:, None]).long()
+    right = hf(tokens, mask, causal=causal).logits
+    square = hf(tokens, mask[:, None].expand(3, 40, 40), causal=causal).logits
+    moved = [row.roll(40 - n) for row, n in zip(tokens, lengths, strict=True)]
+    left = hf(torch.stack(moved), mask.flip(1), causal=causal).logits
+    assert left.isfinite().all()
+    for row, n in enumerate(lengths):
+        assert_close(right[row, :n], expected[row, :n])
+        assert_close(square[row, :n], expected[row, :n])
+        assert_close(left[row, 40 - n :], expected[row, :n])
+
+
+@torch.no_grad()
+@every_kind
+def test_losses_agree(kind):
+    """Hugging Face shifts the labels of a causal model and divides by the count of those left."""
+    run = exported(kind)
+    tokens = some_tokens(run.model)
+    hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    labels = tokens.masked_fill(hidden, IGNORE)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    loss, count = run.model(tokens, shifted, causal=True)
+    hf = load_hf("AutoModelForCausalLM", run.folder)
+    assert_close(hf(tokens, labels=labels).loss, loss / count)
+    if KINDS[kind].backbone == "ltg_bert":
+        loss, count = run.model(tokens, labels, causal=False)
+        hf = load_hf("AutoModelForMaskedLM", run.folder)
+        assert_close(hf(tokens, labels=labels).loss, loss / count)
+
+
+@every_kind
+def test_greedy_generation_equals_ours(kind):
+    run = exported(kind)
+    hf = load_hf("AutoModelForCausalLM", run.folder)
+    prompt = torch.tensor([run.tokenizer.encode_text("The cats", run.boundary)])
+    start = prompt[0, 0].item()
+    assert hf.generation_config.eos_token_id == start  # a text ends where the next would start
+
+    expected = generate(run.model, prompt, 20, block_size=64, temperature=0, stop=start)
+    assert len(expected) > 3
+    if len(expected) < 20:
+        expected.append(start)
+    output = hf.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert output[0, prompt.size(1) :].tolist() == expected
+
+    # in a batch, padded on the left
+    padded = F.pad(prompt, (2, 0), value=PAD).repeat(2, 1)
+    mask = F.pad(torch.ones_like(prompt), (2, 0)).repeat(2, 1)
+    output = hf.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    for row in output:
+        assert row[padded.size(1) :].tolist() == expected
+
+
+@torch.no_grad()
+def test_base_model_returns_what_the_pipelines_read():
+    run = exported("ltg")
+    tokens = some_tokens(run.model)
+    base = load_hf("AutoModel", run.folder)
+    masked = load_hf("AutoModelForMaskedLM", run.folder)
+    output = base(tokens, output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    assert output[0] is output.last_hidden_state
+    assert_close(masked.classifier(output.last_hidden_state), run.model(tokens, causal=False))
+    assert masked(tokens).hidden_states is None
+    assert torch.equal(base(tokens, return_dict=False)[0], output.last_hidden_state)
+    assert base.config.hidden_size == 32
+    assert base.config.max_position_embeddings >= 512
+    with pytest.raises(ValueError, match="output_attentions"):
+        base(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match=r"\(3, 1, 40, 40\)"):
+        base(tokens, torch.zeros(3, 1, 40, 40))
+
+
+def test_every_dropout_of_an_exported_ltg_bert_acts_in_training_only(monkeypatch):
+    """Where and how much: the same places as in model.py, at the rates of config.json."""
+    run = exported("ltg")
+    hf = load_hf(
+        "AutoModelForMaskedLM",
+        run.folder,
+        hidden_dropout_prob=0.3,
+        attention_probs_dropout_prob=0.2,
+    )
+    calls = []
+
+    def dropout(x, p, training, inplace=False):
+        calls.append((tuple(x.shape), p if training else 0.0))
+        return x
+
+    attention = F.scaled_dot_product_attention
+
+    def attend(q, k, v, mask, rate, scale):
+        calls.append(("attention", rate))
+        return attention(q, k, v, mask, 0.0, scale=scale)
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    tokens = some_tokens(run.model)
+    x = (3, 40, 32)
+    layer = [((15, 32), 0.2), ("attention", 0.2), (x, 0.2), (x, 0.3)]
+    hf.train()(tokens)
+    assert calls == [(x, 0.3), *layer, *layer, *layer, (x, 0.3)]
+
+    calls.clear()
+    hf.eval()(tokens)
+    assert len(calls) == 14
+    assert {rate for _, rate in calls} == {0.0}
+
+
+def test_the_dropout_rate_of_training_is_exported():
+    """A Llama of transformers knows dropout in attention only."""
+    ltg = load_hf("AutoModel", exported("ltg").folder)
+    rates = {module.p for module in ltg.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.1}
+    assert load_hf("AutoModelForCausalLM", exported("tied").folder).config.attention_dropout == 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ltg", "untied"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_causal_classifier_reads_the_last_token_that_is_no_pad(kind, side):
+    folder = exported(kind).folder
+    options = {"causal": True} if kind == "ltg" else {}
+    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3, **options)
+    tokenizer = load_hf("AutoTokenizer", folder)
+    texts = ["The cats sleep.", "Who sees the dog in the garden? Yes.", "Köln"]
+    alone = [classifier(**tokenizer(text, return_tensors="pt")).logits for text in texts]
+    tokenizer.padding_side = side
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"].eq(PAD).any()
+    assert_close(classifier(**batch).logits, torch.cat(alone))
+    # without a mask pads are known by their id, and those on the left are seen
+    if side == "right":
+        assert_close(classifier(batch["input_ids"]).logits, torch.cat(alone))
+    # with one it counts, whatever stands there; Llama's own class looks at the ids all the same
+    if kind == "ltg":
+        batch["input_ids"][batch["attention_mask"] == 0] = MASK
+        assert_close(classifier(**batch).logits, torch.cat(alone))
+
+
+@torch.no_grad()
+def test_an_open_classifier_reads_the_first_token():
+    folder = exported("ltg").folder
+    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3)
+    tokenizer = load_hf("AutoTokenizer", folder)
+    texts = ["The cats sleep.", "Who sees the dog in the garden?"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    hidden = classifier.encode(**batch, causal=False)[-1]
+    assert_close(classifier(**batch).logits, classifier.head(hidden[:, 0]))
+
+
+@pytest.mark.parametrize("kind, causal", [("ltg", False), ("ltg", True), ("untied", True)])
+def test_a_classifier_trains(kind, causal):
+    folder = exported(kind).folder
+    options = {"attention_dropout": 0.0}
+    if kind == "ltg":
+        options = {
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "causal": causal,
+        }
+    torch.manual_seed(3)
+    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3, **options)
+    tokenizer = load_hf("AutoTokenizer", folder)
+    texts = ["The cats sleep.", "Who sees the dog in the garden?", "Köln"]
+    batch = tokenizer(texts, ["Yes."] * 3, padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    optimizer = torch.optim.AdamW(classifier.parameters(), 1e-3)
+    losses = []
+    classifier.train()
+    for _ in range(10):
+        loss = classifier(**batch, labels=torch.tensor([0, 1, 2])).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gradients = [p.grad is not None for p in classifier.parameters()]
+    assert all(gradients)
+    assert losses[-1] < losses[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind, auto_class",
+    [
+        ("untied", "AutoModelForCausalLM"),
+        ("tied", "AutoModelForCausalLM"),
+        ("ltg", "AutoModelForMaskedLM"),
+        ("ltg", "AutoModelForCausalLM"),
+    ],
+)
+def test_saved_again_by_transformers_it_is_the_same_and_stays_tied(tmp_path, kind, auto_class):
+    run = exported(kind)
+    tokens = some_tokens(run.model)
+    first = load_hf(auto_class, run.folder)
+    tokenizer = load_hf("AutoTokenizer", run.folder)
+    first.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    second = load_hf(auto_class, tmp_path)
+    assert torch.equal(second(tokens).logits, first(tokens).logits)
+    for hf in (first, second):
+        output = hf.get_output_embeddings().weight
+        embedding = hf.get_input_embeddings().weight
+        assert (output.data_ptr() == embedding.data_ptr()) == (kind != "untied")
+    again = load_hf("AutoTokenizer", tmp_path)
+    assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+
+def check_offsets(text: str, ids: list[int], offsets: list, tokenizer: Tokenizer, boundary: str):
+    """Each token's offsets must be the characters that its bytes stand in."""
+    ends = [end for _, end in offsets]
+    assert tuple(offsets[0]) == (0, 0)
+    assert ends == sorted(ends)
+    assert ends[-1] == len(text)
+    raw = text.encode()
+    begin = 0
+    for token, (start, end) in zip(ids[1:], offsets[1:], strict=True):
+        piece = tokenizer.bpe.decode_single_token_bytes(token)
+        if boundary == "line" and token == START:
+            piece = b"\n"
+        stop = begin + len(piece)
+        assert raw[begin:stop] == piece
+        # a part of a character has the place of the character
+        assert start == len(raw[:begin].decode(errors="ignore"))
+        assert end == len(raw[:stop].decode(errors="replace"))
+        begin = stop
+    assert begin == len(raw)
+
+
+def check_encodings(hf_tokenizer, tokenizer: Tokenizer, boundary: str, texts: list[str]):
+    """Compare ids and offsets, and where a target starts in the middle of a text, as in EWoK."""
+    batch = hf_tokenizer(texts, return_offsets_mapping=True)
+    options = []
+    expected = []
+    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        assert ids == tokenizer.encode_text(text, boundary), repr(text)
+        check_offsets(text, ids, offsets, tokenizer, boundary)
+        for start in {len(text) // 3, len(text) // 2} - {0}:
+            beyond = [index for index, (_, end) in enumerate(offsets) if end > start]
+            options.append((text, start))
+            expected.append(beyond[0])
+    first = evaluation.encode(options, tokenizer, boundary, "2025", "masked")[1]
+    assert first.tolist() == expected
+
+
+@every_kind
+def test_tokenizer_gives_our_ids_with_character_offsets(kind):
+    run = exported(kind)
+    hf_tokenizer = load_hf("AutoTokenizer", run.folder)
+    assert hf_tokenizer.is_fast
+    assert len(hf_tokenizer) == run.tokenizer.vocab_size
+    pairs = [f"{first}\n{second}" for first, second in itertools.product(ODD_TEXTS, repeat=2)]
+    texts = [*ODD_TEXTS, TEXT, *pairs]
+    check_encodings(hf_tokenizer, run.tokenizer, run.boundary, texts)
+    for text in texts:
+        if run.boundary == "document" or "\n" not in text:
+            ids = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert hf_tokenizer.decode(ids) == text
+
+
+@every_kind
+def test_tokenizer_knows_our_special_tokens(kind):
+    run = exported(kind)
+    hf_tokenizer = load_hf("AutoTokenizer", run.folder)
+    start = run.tokenizer.encode_text("", run.boundary)[0]
+    assert hf_tokenizer.bos_token_id == start
+    assert hf_tokenizer.eos_token_id == start
+    assert hf_tokenizer.cls_token_id == start
+    assert hf_tokenizer.pad_token_id == PAD
+    assert hf_tokenizer.sep_token_id == END
+    assert hf_tokenizer.mask_token_id == MASK
+
+    first = run.tokenizer.encode_text("The cats", run.boundary)
+    second = run.tokenizer.encode_text("sleep.", run.boundary)
+    assert hf_tokenizer("The cats", "sleep.")["input_ids"] == first + second
+    masked = [
+        *run.tokenizer.encode_text("The ", run.boundary),
+        MASK,
+        *run.tokenizer.encode(" sleeps"),
+    ]
+    assert hf_tokenizer("The <mask> sleeps")["input_ids"] == masked
+
+
+def test_an_export_does_not_change_the_tokenizers_written_later(tmp_path):
+    """The start token of "none" has another id, and may have it in this export only."""
+    export_hf.main([str(exported("newline").run), str(tmp_path / "out")])
+    template = tokenizer_json([])["post_processor"]
+    assert template["special_tokens"]["<s>"]["ids"] == [START]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_TEXT.is_dir(), reason="no BabyLM text in ../shared/data/babylm_dev")
+@pytest.mark.parametrize("boundary", ["line", "document"])
+def test_tokenizer_gives_our_ids_on_real_lines(tmp_path, boundary):
+    """4,000 lines of six sources, every seventh joined to the next, and their vocabulary."""
+    lines = []
+    for path in sorted(REAL_TEXT.glob("*.dev")):
+        with open(path, encoding="utf-8", newline="") as file:
+            lines += file.read().split("\n")[:700]
+    lines = lines[:4000]
+    assert len(lines) == 4000
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(lines[::2]), encoding="utf-8", newline="")
+    save_tokenizer(tmp_path / "tokenizer.json", train_bpe(prepare.count_pieces([text]), 1500))
+    (tmp_path / "out").mkdir()
+    export_hf.write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", boundary, 512)
+
+    hf_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    texts = list(lines)
+    for number in range(0, len(lines) - 1, 7):
+        texts[number] += "\n" + lines[number + 1]
+    check_encodings(hf_tokenizer, Tokenizer(tmp_path / "tokenizer.json"), boundary, texts)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def change_setting(path: Path, name: str, value):
+    content = load_checkpoint(path)
+    model = load_model(content)
+    del content["model"]
+    content["settings"][name] = value
+    save_checkpoint(path, model, **content)
+
+
+def test_one_folder_for_each_mark_of_the_rules(tmp_path, capsys):
+    """No checkpoint stands for two marks; a mark without one is named; main is the last one."""
+    run = tmp_path / "run"
+    words = [400_000, 1_000_000, 1_300_000, 2_000_001, 5_100_000, 10_000_000]
+    words += [10_500_000, 20_000_000, 24_000_000]
+    for step, n in enumerate(words, 1):
+        make_run(run, KINDS["untied"], words=n, step=step)
+    (run / "step_0000010.pt").write_bytes(b"cut short")
+    export_hf.main([str(run), str(tmp_path / "out"), "--checkpoints"])
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1
+    assert "step_0000010.pt: damaged" in err
+
+    folders = {}
+    for folder in (tmp_path / "out").iterdir():
+        folders[folder.name] = json.loads((folder / "antlm.json").read_text())["words"]
+    assert folders == {
+        "chck_1M": 1_000_000,
+        "chck_2M": 2_000_001,
+        "chck_5M": 5_100_000,
+        "chck_10M": 10_000_000,
+        "chck_20M": 20_000_000,
+        "main": 24_000_000,
+    }
+    missing = "chck_3M, chck_4M, chck_6M, chck_7M, chck_8M, chck_9M;"
+    assert f"no checkpoint of its own: {missing}" in out
+    assert "24,000,000" in (tmp_path / "out" / "main" / "README.md").read_text()
+    load_hf("AutoModelForCausalLM", tmp_path / "out" / "chck_2M")
+
+
+def test_a_mark_far_behind_is_not_passed_off(tmp_path, capsys):
+    """Saved every 500 of 1000 steps, the next one after 10M words would come at most 9M later."""
+    run = tmp_path / "run"
+    make_run(run, KINDS["untied"], words=18_000_000, step=1000)
+    make_run(run, KINDS["untied"], words=39_900_000, step=1500)
+    # saved every 300 steps, which are 8M words: another one was nearer to 30M
+    change_setting(run / "step_0001500.pt", "save_every", 300)
+    export_hf.main([str(run), str(tmp_path / "out"), "--checkpoints"])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["chck_10M", "main"]
+    assert "chck_20M, chck_30M;" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- cards
+
+
+def write_score(run: Path, task: str, accuracy: dict, step: int = 5, limit: int = 0):
+    result = {
+        "step": step,
+        "partial": limit > 0,
+        "limit": limit,
+        "protocol": "2025",
+        "modes": list(accuracy),
+        "tasks": {task: {"accuracy": accuracy}},
+    }
+    (run / f"eval_{task}_{step}.json").write_text(json.dumps(result))
+
+
+def test_card_has_the_scores_of_its_own_step(tmp_path):
+    run = tmp_path / "run"
+    make_run(run, KINDS["untied"])
+    write_score(run, "blimp", {"causal": 71.26})
+    write_score(run, "quick", {"masked": 60.0}, limit=9)
+    write_score(run, "blimp", {"causal": 11.1}, step=4)
+    export_hf.main([str(run), str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| blimp | causal | 2025 | 71.3 |" in card
+    assert "| quick, PARTIAL: the first 9 items of each file | masked | 2025 | 60.0 |" in card
+    assert "11.1" not in card
+
+
+@pytest.mark.parametrize("kind, pipeline", [("untied", "text-generation"), ("ltg", "fill-mask")])
+def test_card_says_what_the_model_is(kind, pipeline):
+    yaml = pytest.importorskip("yaml")
+    run = exported(kind)
+    _, front, body = (run.folder / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["license"] == "unknown"
+    assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == pipeline
+    n_parameters = sum(p.numel() for p in run.model.parameters())
+    assert f"{n_parameters:,} parameters" in body
+    for fact in ("`4_CLM+16_MLM+4_CLM`", "1,234,567", "corpora/babylm", "None: the run holds no"):
+        assert fact in body
+
+
+@pytest.mark.parametrize("kind", ["untied", "ltg"])
+def test_the_command_on_the_card_has_the_settings_of_the_run(kind):
+    run = exported(kind)
+    card = (run.folder / "README.md").read_text()
+    (command,) = [line for line in card.splitlines() if line.startswith("python train.py")]
+    settings = asdict(config.load(Settings, command.split()[2:]))
+    assert settings == load_checkpoint(checkpoints(run.run)[0])["settings"]
+
+
+@pytest.mark.parametrize("kind", ["untied", "ltg"])
+def test_the_code_on_the_card_loads_the_model(kind):
+    folder = exported(kind).folder
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace(f'"{folder.name}"', repr(str(folder))), names)
+    assert names["model"].config.vocab_size == len(names["tokenizer"])
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def refusal(*arguments) -> str:
+    """The one line in which an export ends."""
+    with pytest.raises(UserError) as error:
+        export_hf.main([str(argument) for argument in arguments])
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_export_needs_a_whole_run(tmp_path):
+    run = tmp_path / "run"
+    out = tmp_path / "out"
+    run.mkdir()
+    assert "run: holds no whole checkpoint" in refusal(run, out)
+    assert "holds no whole step_*.pt" in refusal(run, out, "--checkpoints")
+    make_run(run, KINDS["untied"], words=None)
+    assert f"{run}: exists already" in refusal(run, run)
+    assert "does not say how many words" in refusal(run, out, "--checkpoints")
+    (run / "eval_x_5.json").write_text("{}")
+    assert "eval_x_5.json: not a result file" in refusal(run, tmp_path / "other")
+    (run / "tokenizer.json").unlink()
+    assert "tokenizer.json: cannot be read" in refusal(run, out)
+    assert not out.exists()
+
+
+def test_a_backbone_of_a_fork_is_told_which_tables_it_needs(tmp_path, monkeypatch):
+    backbones = model_module.BACKBONES
+    monkeypatch.setitem(backbones, "gpt2", backbones["babyllama"])
+    make_run(tmp_path / "run", Kind("gpt2", tied=False, boundary="line"))
+    message = refusal(tmp_path / "run", tmp_path / "out")
+    assert "backbone 'gpt2' cannot be exported yet" in message
+    for table in ("CONFIGS of tools/export_hf.py", "NAMES of tools/hf_names.py"):
+        assert table in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_of_a_fork_is_told_where_to_name_it(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", KINDS["untied"])
+    monkeypatch.delitem(export_hf.NAMES["babyllama"], "blocks.N.qkv.weight")
+    message = refusal(tmp_path / "run", tmp_path / "out")
+    assert "blocks.0.qkv.weight of babyllama has no Hugging Face name" in message
+
+
+def test_an_objective_of_a_fork_needs_nothing(tmp_path):
+    """An export does not ask what a model was trained with."""
+    make_run(tmp_path / "run", KINDS["untied"])
+    change_setting(tmp_path / "run" / "step_0000005.pt", "schedule", "3_WWM")
+    export_hf.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    assert "| schedule | `3_WWM` |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_both_tools_from_the_command_line(tmp_path):
+    run = exported("untied")
+    commands = [
+        ["tools/import_hf.py", run.folder, tmp_path / "back"],
+        ["tools/export_hf.py", run.run, run.folder],
+    ]
+    processes = []
+    for command in commands:
+        command = [sys.executable, *(str(part) for part in command)]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+    out, err = processes[0].communicate(timeout=120)
+    assert "step_0000005.pt: written" in out, err
+    assert processes[0].returncode == 0
+    out, err = processes[1].communicate(timeout=120)
+    assert processes[1].returncode == 1
+    assert len(err.splitlines()) == 1
+    assert "exists already" in err

@@ -1,0 +1,439 @@
+"""Hugging Face folders as runs: ours and back, foreign Llamas and LTG-BERTs, and what is refused.
+
+    python -m pytest tests/test_import_hf.py                  # about 25 s, 15 of them imports
+
+Needs transformers (4.41 or newer), tokenizers and safetensors.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# hf_runs sets variables that transformers reads when it is imported
+from hf_runs import KINDS, TEXT, assert_close, exported, load_hf, transformers  # isort: skip
+import export_hf
+import import_hf
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+import eval as evaluation
+from antlm.checkpoint import checkpoints, load_checkpoint, load_run
+from antlm.tokenizer import END, MASK, PAD, START
+from config import UserError
+from model import Transformer
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def run_import(folder: Path, out: Path):
+    import_hf.main([str(folder), str(out)])
+    return load_run(str(out))
+
+
+def assert_equal_weights(first: Transformer, second: Transformer):
+    torch.testing.assert_close(dict(first.state_dict()), dict(second.state_dict()), rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------- our own exports
+
+
+@every_kind
+def test_export_and_import_change_nothing(tmp_path, kind):
+    original = exported(kind)
+    back = run_import(original.folder, tmp_path / "back")
+    assert_equal_weights(back.model, original.model)
+    tokenizer = (original.run / "tokenizer.json").read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == tokenizer
+    content = load_checkpoint(checkpoints(original.run)[0])
+    for key in ("step", "words", "settings", "boundary", "tokenizer_sha256", "tokens_sha256"):
+        assert back.content[key] == content[key], key
+    assert "imported_from" not in back.content
+
+    export_hf.main([str(back.path), str(tmp_path / "second")])
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        first = (original.folder / name).read_bytes()
+        assert (tmp_path / "second" / name).read_bytes() == first, name
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "ltg"])
+def test_an_export_that_transformers_has_saved_again_comes_back(tmp_path, kind):
+    """That drops antlm.json; the tokenizer still shows what a newline was."""
+    original = exported(kind)
+    again = tmp_path / "again"
+    auto_class = "AutoModelForMaskedLM" if kind == "ltg" else "AutoModelForCausalLM"
+    load_hf(auto_class, original.folder).save_pretrained(again)
+    load_hf("AutoTokenizer", original.folder).save_pretrained(again)
+    back = run_import(again, tmp_path / "run")
+    assert_equal_weights(back.model, original.model)
+    ids = original.tokenizer.encode_text(TEXT, original.boundary)
+    assert back.tokenizer.encode_text(TEXT, back.boundary) == ids
+
+
+# ---------------------------------------------------------------------------------- foreign models
+
+
+def make_lines(n_lines: int) -> list[str]:
+    generator = np.random.default_rng(1)
+    words = (
+        "the cat's dogs they'll  see 12 1999 Zoë café 🐟 (garden) sleeps, sleeping who? I'M \t a"
+    )
+    words = words.split(" ")
+    return [" ".join(generator.choice(words, generator.integers(0, 12))) for _ in range(n_lines)]
+
+
+LINES = make_lines(1000)
+
+
+def train_foreign_tokenizer(folder: Path, split: bool = False) -> HFTokenizer:
+    """Train a tokenizer as others do: GPT-2's pattern, no mask, not all bytes, other special ids.
+
+    split: write the pattern down as a Split of its own, not in the ByteLevel
+    """
+    tokenizer = HFTokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
+    tokenizer.pre_tokenizer = level
+    if split:
+        pattern = Regex(import_hf.GPT2_PATTERN)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), level]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=["<unk>", "[BEGIN]", "[FINISH]"],
+    )
+    tokenizer.train_from_iterator(["\n".join(LINES)], trainer)
+    tokenizer.add_special_tokens(["[FILL]"])  # at the end of the vocabulary
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "[BEGIN]",
+        "eos_token": {"content": "[FINISH]", "lstrip": False},
+        "pad_token": "[FILL]",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
+
+
+def save_foreign_llama(folder: Path, vocab_size: int, **settings):
+    """Save a small Llama with large random weights, and return it."""
+    torch.manual_seed(4)
+    llama_config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        **settings,
+    )
+    llama = transformers.LlamaForCausalLM(llama_config).eval()
+    for p in llama.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    llama.save_pretrained(folder)
+    return llama
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["untied", "tied", "split", "bin"])
+def test_a_foreign_llama_keeps_its_ids_and_logits(tmp_path, capsys, kind):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    hf_tokenizer = train_foreign_tokenizer(folder, split=kind == "split")
+    vocab = hf_tokenizer.get_vocab()
+    llama = save_foreign_llama(folder, len(vocab) + 5, tie_word_embeddings=kind == "tied")
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        half = {name: p.half() for name, p in llama.state_dict().items()}
+        torch.save(half, folder / "pytorch_model.bin")
+        llama.load_state_dict(half)
+    run = run_import(folder, tmp_path / "run")
+    note = capsys.readouterr().out
+    assert "the folder has no <mask>, " in note
+    assert " of the 256 bytes; added with the mean of all rows" in note
+    n_added = 1 + int(note.split("<mask>, ")[1].split()[0])
+    assert run.boundary == "document"
+    assert run.block_size == 256
+    assert run.schedule == "1_CLM"
+    assert run.content["imported_from"] == "foreign"
+
+    # our id for each of theirs
+    ours = json.loads((tmp_path / "run" / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    special = {"<s>": "[BEGIN]", "</s>": "[FINISH]", "<pad>": "[FILL]"}
+    translate = torch.full((len(vocab),), -1)
+    for token, number in ours.items():
+        token = special.get(token, token)
+        if token in vocab:
+            translate[vocab[token]] = number
+    # in theirs spaces and several newlines can be one token, in ours a newline stands alone
+    solid = [line for line in LINES if line and line == line.strip()]
+    for line in [*LINES, "\n".join(solid)]:
+        ids = hf_tokenizer.encode(line, add_special_tokens=False).ids
+        assert run.tokenizer.encode(line) == translate[ids].tolist(), line
+
+    # logits of the tokens that both have
+    known = (translate >= 0).nonzero().flatten()
+    assert len(known) == len(vocab) - 1  # all but <unk>, whose row goes to the end
+    tokens = known[torch.randint(len(known), (3, 30))]
+    expected = llama(tokens).logits
+    logits = run.model(translate[tokens], causal=True)
+    assert_close(logits[..., translate[known]], expected[..., known])
+
+    # rows that were added take next to nothing from the others, rows without a token are kept
+    mean = llama.model.embed_tokens.weight.mean(0)
+    assert_close(run.model.embedding.tokens.weight[MASK], mean)
+    assert_close(run.model.head.vocab.weight[MASK], llama.lm_head.weight.mean(0))
+    n_rows = expected.size(-1)
+    assert logits.size(-1) == n_rows + n_added
+    taken = logits.logsumexp(-1) - expected.logsumexp(-1)
+    assert (taken >= -1e-4).all()
+    assert taken.max() <= np.log1p(n_added / n_rows) + 1e-4
+
+
+@torch.no_grad()
+def test_ltg_bert_with_the_names_of_the_reference(tmp_path):
+    """Weights and logits of the reference code, whose special tokens come last here."""
+    with np.load(Path(__file__).parent / "ltg_bert_tiny.npz") as file:
+        reference = {key: torch.from_numpy(file[key]) for key in file.files}
+    D, n_ff, H, n_layer, V, max_position, n_bucket = reference["config"].tolist()
+    hf_config = {
+        "hidden_size": D,
+        "intermediate_size": n_ff,
+        "num_attention_heads": H,
+        "num_hidden_layers": n_layer,
+        "vocab_size": V,
+        "max_position_embeddings": max_position,
+        "position_bucket_size": n_bucket,
+        "layer_norm_eps": 1e-7,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "architectures": ["LtgBertForMaskedLM"],
+    }
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(ord("A") + number) for number in range(V - 4)]
+    names = letters[::-1] + special[::-1]
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer = {
+        "added_tokens": [{"id": vocab[name], "content": name} for name in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+    roles = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "mask_token": "[MASK]",
+    }
+    weights = {}
+    for key, tensor in reference.items():
+        if key.startswith("param/"):
+            weights[key.removeprefix("param/")] = tensor.contiguous()
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+    torch.save(weights, folder / "pytorch_model.bin")
+
+    run = run_import(folder, tmp_path / "run")
+    to_ours = [run.tokenizer.encode(name)[0] for name in letters[::-1]]
+    to_ours = torch.tensor([*to_ours, MASK, END, START, PAD])
+    tokens = to_ours[reference["input_ids"]]
+    for mode in ("causal", "bidirectional", "padded"):
+        lengths = reference["lengths"] if mode == "padded" else None
+        logits = run.model(tokens, causal=mode == "causal", lengths=lengths)[..., to_ours]
+        assert_close(logits, reference[f"{mode}/logits"].float(), 2e-5)
+    assert run.schedule == "1_MLM"
+
+
+def test_a_foreign_run_can_be_scored(tmp_path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    vocab_size = len(train_foreign_tokenizer(folder).get_vocab())
+    save_foreign_llama(folder, vocab_size)
+    run_import(folder, tmp_path / "run")
+    task = tmp_path / "pairs"
+    task.mkdir()
+    pair = {
+        "sentence_good": "The cat sleeps.",
+        "sentence_bad": "The cat sleep.",
+        "linguistics_term": "agreement",
+    }
+    (task / "one.jsonl").write_text(json.dumps(pair) + "\n")
+    evaluation.main([str(tmp_path / "run"), "--task", str(task), "--mode", "causal", "masked"])
+    assert list((tmp_path / "run").glob("eval_pairs_1*.json"))
+
+
+def test_a_foreign_run_exports_with_a_card_that_names_its_source(tmp_path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    save_foreign_llama(folder, len(train_foreign_tokenizer(folder).get_vocab()))
+    run_import(folder, tmp_path / "run")
+    export_hf.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "imported into AntLM" in card
+    assert "comes from `foreign`" in card
+    assert "| words seen, with repetition | unknown |" in card
+
+
+# ----------------------------------------------------------------------------- changed and refused
+
+
+def edit(path: Path, changes: dict):
+    """Change fields of a JSON file; "model.type" is the field `type` of the field `model`."""
+    content = json.loads(path.read_text("utf-8"))
+    for key, value in changes.items():
+        *outer, last = key.split(".")
+        place = content
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def refusal(folder: Path, run: Path) -> str:
+    """The one line in which an import ends, with nothing left behind."""
+    with pytest.raises(UserError) as error:
+        import_hf.main([str(folder), str(run)])
+    message = str(error.value)
+    assert "\n" not in message
+    assert not run.exists()
+    return message
+
+
+def test_what_a_foreign_tokenizer_does_beside_is_left_out(tmp_path):
+    """BabyLlama's own tokenizer has a normalizer, a space in front, and merges that come twice."""
+    folder = tmp_path / "foreign"
+    original = exported("tied")
+    shutil.copytree(original.folder, folder)
+    path = folder / "tokenizer.json"
+    vocab = json.loads(path.read_text("utf-8"))["model"]["vocab"]
+    vocab = {token: number for token, number in vocab.items() if number < 260}
+    vocab |= {"th": 260, "Ġth": 339, "Ġt": 300, "ĊĊ": 301}
+    changes = {
+        "normalizer": {"type": "NFKC"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+        "added_tokens": [{"id": 7, "content": "$$", "special": False}],
+        "model.vocab": vocab,
+        "model.merges": ["Ġ t", "Ġt h", "t h", "Ġ th", "Ċ Ċ"],
+    }
+    edit(path, changes)
+    run = run_import(folder, tmp_path / "run")
+    assert len(run.tokenizer.encode("\n\n")) == 2
+    merges = json.loads((tmp_path / "run" / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
+    assert merges == ["Ġ t", "Ġt h", "t h", "Ċ Ċ"]
+    rows = run.model.embedding.tokens.weight
+    original_rows = original.model.embedding.tokens.weight
+    for text, number in ((" t", 300), (" th", 339), ("th", 260)):
+        (token,) = run.tokenizer.encode(text)
+        assert torch.equal(rows[token], original_rows[number])
+    assert rows[:, 0].sort().values.equal(original_rows[:, 0].sort().values)
+
+
+CONFIG_CHANGES = [
+    ({"num_key_value_heads": 1}, "num_key_value_heads = 1 is not supported, only 2"),
+    ({"head_dim": 8}, "head_dim = 8"),
+    ({"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
+    ({"attention_bias": True}, "attention_bias = True"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"rope_theta": 5e5, "rope_parameters": None}, "rope_theta = 500000.0"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+    (
+        {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope_type = 'dynamic'",
+    ),
+    ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+    ({"model_type": None, "architectures": ["GPTBertForMaskedLM"]}, "only Llama and LTG-BERT"),
+    ({"num_hidden_layers": 2}, "holds model.layers.2.input_layernorm.weight, which"),
+    ({"num_hidden_layers": 4}, "holds no model.layers.3.input_layernorm.weight"),
+    ({"vocab_size": 300}, "not to the 300 rows of config.json"),
+]
+
+
+@pytest.mark.parametrize("changes, expected", CONFIG_CHANGES)
+def test_import_refuses_models_that_compute_something_else(tmp_path, changes, expected):
+    folder = tmp_path / "foreign"
+    shutil.copytree(exported("untied").folder, folder)
+    edit(folder / "config.json", changes)
+    assert expected in refusal(folder, tmp_path / "run")
+
+
+DIGITS = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}|\D+"}, "behavior": "Isolated"}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+TOKENIZER_CHANGES = [
+    ({"model.type": "WordPiece"}, "a WordPiece with"),
+    ({"model.type": "Unigram"}, "a Unigram with"),
+    ({"model.merges": [["a", "zz"]]}, "vocabulary and merges do not fit together"),
+    ({"normalizer": {"type": "Lowercase"}}, "a normalizer Lowercase"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, "a pre_tokenizer Metaspace"),
+    ({"pre_tokenizer": None}, "a pre_tokenizer None"),
+    ({"pre_tokenizer.pretokenizers": [DIGITS, BYTE_LEVEL]}, "byte-level BPE with GPT-2's split"),
+    (
+        {"pre_tokenizer.pretokenizers": [{"type": "Digits"}, BYTE_LEVEL | {"use_regex": True}]},
+        "byte-level BPE with GPT-2's split",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, expected", TOKENIZER_CHANGES)
+def test_import_refuses_tokenizers_that_cut_otherwise(tmp_path, changes, expected):
+    folder = tmp_path / "foreign"
+    shutil.copytree(exported("untied").folder, folder)
+    edit(folder / "tokenizer.json", changes)
+    assert expected in refusal(folder, tmp_path / "run")
+
+
+def test_import_names_what_is_missing(tmp_path):
+    folder = tmp_path / "foreign"
+    run = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="foreign/config.json"):
+        import_hf.main([str(folder), str(run)])
+    shutil.copytree(exported("ltg").folder, folder)
+    (folder / "model.safetensors").unlink()
+    assert "holds neither model.safetensors nor pytorch_model.bin" in refusal(folder, run)
+    run.mkdir()
+    with pytest.raises(UserError, match="run: exists already"):
+        import_hf.main([str(folder), str(run)])
+
+
+def test_import_refuses_an_output_matrix_that_is_not_the_embedding(tmp_path):
+    folder = tmp_path / "foreign"
+    shutil.copytree(exported("ltg").folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["embedding.word_embedding.weight"]
+    tensors["classifier.nonlinearity.5.weight"] = embedding + 1
+    save_file(tensors, folder / "model.safetensors")
+    message = refusal(folder, tmp_path / "run")
+    assert "classifier.nonlinearity.5.weight is not the embedding" in message
+
+
+class Malicious:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_import_runs_no_code_of_a_weights_file(tmp_path):
+    folder = tmp_path / "foreign"
+    shutil.copytree(exported("ltg").folder, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"embedding": Malicious(tmp_path / "code_ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        import_hf.main([str(folder), str(tmp_path / "run")])
+    assert not (tmp_path / "code_ran").exists()

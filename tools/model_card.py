@@ -1,0 +1,135 @@
+"""The model card (README.md) of an exported folder, with the front matter that the hub reads."""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+from antlm.checkpoint import LoadedRun
+from babylm.results import read_result
+from train import Settings
+
+CARD = """\
+---
+license: unknown  # yours to fill in: what you and the owners of the training text allow
+library_name: transformers
+pipeline_tag: {pipeline_tag}
+tags:
+- antlm
+- babylm
+---
+
+# {name}
+
+{title} of {n_parameters:,} parameters, {origin}.
+
+| | |
+|---|---|
+| schedule | `{settings[schedule]}` |
+| optimizer steps | {step:,} |
+| words seen, with repetition | {words} |
+| training text | `{settings[corpus]}` |
+| sizes | {sizes} |
+| tokens a training row | {settings[block_size]} |
+
+## Load it
+
+{loading}
+The tokenizer puts `<s>` in front of a text. {newline}
+The literal texts `<pad>`, `<s>`, `</s>` and `<mask>` are special tokens.
+
+## Scores
+
+{scores}
+
+## Training
+
+{training}
+"""
+LOADING = {  # for each backbone: how to load it, and how to choose what a token sees
+    "babyllama": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+For open attention pass an `attention_mask` of zeros of shape (rows, 1, tokens, tokens).""",
+    "ltg_bert": """\
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
+```
+
+The same weights load as `AutoModelForCausalLM` (causal attention), `AutoModel` and
+`AutoModelForSequenceClassification`; `causal=True` or `False` in a call overrides the class.""",
+}
+TITLES = {"babyllama": "BabyLlama", "ltg_bert": "LTG-BERT"}
+NEWLINES = {  # for each boundary: what a newline becomes
+    "line": "A newline becomes `<s>`, which opened every line in training.",
+    "document": "A newline is a token of its own.",
+    "none": "`<s>` is the newline: training knew no other start of a text.",
+}
+
+
+def model_card(run: LoadedRun, name: str) -> str:
+    """Return the text of the card of a run that is exported under this name."""
+    c = run.model.config
+    words = run.content.get("words")
+    origin = (
+        "trained with AntLM\n(arXiv 2412.03275), which alternates causal and masked language "
+        "modelling as the schedule says"
+    )
+    training = f"```\n{train_command(run.settings)}\n```"
+    if "imported_from" in run.content:
+        origin = "imported into AntLM"
+        training = f"None of ours; the model comes from `{run.content['imported_from']}`."
+    return CARD.format(
+        pipeline_tag="fill-mask" if c.backbone == "ltg_bert" else "text-generation",
+        name=name,
+        title=TITLES.get(c.backbone, c.backbone),
+        n_parameters=sum(p.numel() for p in run.model.parameters()),
+        origin=origin,
+        settings=run.settings,
+        step=run.step,
+        words="unknown" if words is None else f"{words:,}",
+        sizes=f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, feed-forward {c.n_ff}, "
+        f"vocabulary {c.vocab_size}",
+        loading=LOADING[c.backbone].format(name=name),
+        newline=NEWLINES[run.boundary],
+        scores=score_table(run.path.parent, run.step),
+        training=training,
+    )
+
+
+def score_table(folder: Path, step: int) -> str:
+    """Return a table of what eval.py has scored this step in; the newest file counts."""
+    scores = {}
+    for path in sorted(folder.glob("eval_*.json"), key=lambda path: path.stat().st_mtime):
+        result = read_result(path)
+        if result["step"] != step:
+            continue
+        for task, entry in result["tasks"].items():
+            if result["partial"]:
+                task += f", PARTIAL: the first {result['limit']} items of each file"
+            for mode, percent in entry["accuracy"].items():
+                scores[task, mode, result["protocol"]] = percent
+    if not scores:
+        return f"None: the run holds no result of eval.py for step {step}."
+    lines = ["| task | mode | protocol | percent correct |", "|---|---|---|---|"]
+    for (task, mode, protocol), percent in scores.items():
+        lines.append(f"| {task} | {mode} | {protocol} | {percent:.1f} |")
+    return "\n".join(lines)
+
+
+def train_command(settings: dict) -> str:
+    """Return the command that trains with these settings: a flag for each that is no default."""
+    flags = []
+    for name, default in asdict(Settings()).items():
+        value = settings.get(name, default)
+        if value == default or name == "resume":
+            continue
+        if isinstance(value, bool):
+            value = str(value).lower()
+        flags.append(f"--{name}={value}")
+    return shlex.join(["python", "train.py", *flags])
