@@ -1,104 +1,249 @@
-"""The GLUE tasks of the challenge: texts, labels, measures."""
+"""The GLUE tasks of the BabyLM challenge: their texts, labels and measures."""
 
 import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from antlm.tokenizer import Tokenizer
 from babylm.results import read_result
 from babylm.tasks import json_lines
-from config import UserError
+from config import require
 
-TASKS = {  # name: texts of an input, what is reported (EVAL 2024: finetune_classification.py, score_predictions.py)
-    "boolq": (("{question}", "{passage}"), "accuracy"),
-    "cola": (("{sentence}",), "mcc"),
-    "mnli": (("{premise}", "{hypothesis}"), "accuracy"),
-    "mnli-mm": (("{premise}", "{hypothesis}"), "accuracy"),  # the mnli model on other genres, not trained again
-    "mrpc": (("{sentence1}", "{sentence2}"), "f1"),
-    "multirc": (("Question: {question} Answer: {answer}", "{paragraph}"), "accuracy"),
-    "qnli": (("{question}", "{sentence}"), "accuracy"),
-    "qqp": (("{question1}", "{question2}"), "f1"),
-    "rte": (("{sentence1}", "{sentence2}"), "accuracy"),
-    "sst2": (("{sentence}",), "accuracy"),
-    "wsc": (('Does "{span2_text}" refer to "{span1_text}" in this passage?', "{text}"), "accuracy"),
+
+class Task(NamedTuple):
+    """How a task's records become text, and which measure the challenge reports for it."""
+
+    texts: tuple[str, ...]  # one or two, with the names of a record's fields in braces
+    metric: str  # accuracy, f1 or mcc
+
+
+# As in finetune_classification.py and score_predictions.py of the 2024 pipeline.
+TASKS = {
+    "boolq": Task(("{question}", "{passage}"), "accuracy"),
+    "cola": Task(("{sentence}",), "mcc"),
+    "mnli": Task(("{premise}", "{hypothesis}"), "accuracy"),
+    # other genres than mnli's, answered by the model of mnli; nothing is trained for them
+    "mnli-mm": Task(("{premise}", "{hypothesis}"), "accuracy"),
+    "mrpc": Task(("{sentence1}", "{sentence2}"), "f1"),
+    "multirc": Task(("Question: {question} Answer: {answer}", "{paragraph}"), "accuracy"),
+    "qnli": Task(("{question}", "{sentence}"), "accuracy"),
+    "qqp": Task(("{question1}", "{question2}"), "f1"),
+    "rte": Task(("{sentence1}", "{sentence2}"), "accuracy"),
+    "sst2": Task(("{sentence}",), "accuracy"),
+    "wsc": Task(
+        ('Does "{span2_text}" refer to "{span1_text}" in this passage?', "{text}"), "accuracy"
+    ),
 }
 
 
-def join(a: list[int], b: list[int], length: int) -> list[int]:
-    """The two one after the other, the longer one cut first ("longest_first" of Hugging Face tokenizers)."""
-    kept = min(len(b), max(length // 2, length - len(a)))
-    return a[:length - kept] + b[:kept]
+class Split(NamedTuple):
+    """The items of one file."""
+
+    ids: list[list[int]]  # the tokens of each item
+    labels: np.ndarray  # (N,) the class number of each item
+    classes: list[int]  # the label that each class number stands for
 
 
-def read_split(path: Path, task: str, s, tokenizer: Tokenizer, boundary: str, classes: list[int] = []):
-    """Token ids of a file's inputs, class numbers of its labels, and the classes: those given, or all labels found.
+# ------------------------------------------------------------------------------------ reading
 
-    Raises UserError for a field that is missing or no text, and for a label outside the classes.
+
+def find_file(folder: str, pattern: str) -> Path:
+    """Return the one file of the data folder that fits the pattern; raises UserError."""
+    require(
+        Path(folder).is_dir(),
+        f"{folder}: is not a folder; --data names one with TASK.train.jsonl and TASK.valid.jsonl",
+    )
+    files = sorted(Path(folder).glob(pattern))
+    require(
+        len(files) == 1,
+        f"{folder}: holds {len(files)} files {pattern} where one was expected; "
+        "add it, or choose other --tasks",
+    )
+    return files[0]
+
+
+def join(first: list[int], second: list[int], length: int) -> list[int]:
+    """Join two texts and cut the longer one first, as "longest_first" of Hugging Face does."""
+    n_second = min(len(second), max(length // 2, length - len(first)))
+    n_first = length - n_second
+    return first[:n_first] + second[:n_second]
+
+
+def check_record(record: dict, place: str, task: str, fields: list[str], classes: list[int]):
+    """Raise UserError, naming file and line, for a field or label that the task cannot use."""
+    needs = f"{place}: {task} needs a label and the texts {', '.join(fields)}"
+    for name in fields:
+        require(name in record, f"{needs}; {name!r} is missing")
+        require(isinstance(record[name], str), f"{needs}; {name!r} is no text")
+
+    # exactly int: True is a bool, and JSON's 1.0 a float
+    label = record.get("label")
+    is_label = type(label) is int and label >= 0
+    expected = "a whole number from 0 on"
+    if classes:
+        is_label = is_label and label in classes
+        expected = f"one of the train file's {classes}"
+    require(is_label, f"{place}: label is {ascii(label)[:40]}, not {expected}")
+
+
+def read_split(
+    path: Path,
+    task: str,
+    tokenizer: Tokenizer,
+    boundary: str,
+    max_length: int,
+    limit: int = 0,
+    classes: list[int] | None = None,
+) -> Split:
+    """Read the first `limit` items of a task's file (0: all), cut to max_length tokens.
+
+    classes: those of the train file, or None where the file's own labels give them
+    Raises UserError for a missing field, a field that is no text, or a label outside the classes.
     """
-    templates, known, ids, labels, cut = TASKS[task][0], {}, [], [], 0
+    templates = TASKS[task].texts
     fields = re.findall(r"{(\w+)}", "".join(templates))
-    for where, record in json_lines(path, s.limit):
-        for name in fields:
-            if not isinstance(record.get(name), str):
-                raise UserError(f"{where}: {task} needs a label and the texts {', '.join(fields)}; {name!r} is "
-                                + ("missing" if name not in record else "no text"))
-        label = record.get("label")
-        if type(label) is not int or label < 0 or classes and label not in classes:
-            raise UserError(f"{where}: label is {ascii(label)[:40]}, not "
-                            + (f"one of the train file's {classes}" if classes else "a whole number from 0 on"))
-        pair = []
-        for text in (template.format(**record) for template in templates):
-            if text not in known:  # a paragraph of multirc stands in many lines
+    ids = []
+    labels = []
+    n_cut = 0
+    known = {}  # a paragraph of multirc stands in many lines
+    for place, record in json_lines(path, limit):
+        check_record(record, place, task, fields, classes or [])
+        parts = []
+        for template in templates:
+            text = template.format(**record)
+            if text not in known:
                 known[text] = tokenizer.encode_text(text, boundary)
-            pair.append(known[text])
-        cut += sum(map(len, pair)) > s.max_length
-        ids.append(join(pair[0], pair[1] if len(pair) > 1 else [], s.max_length))
-        labels.append(label)
+            parts.append(known[text])
+
+        second = parts[1] if len(parts) > 1 else []
+        if len(parts[0]) + len(second) > max_length:
+            n_cut += 1
+        ids.append(join(parts[0], second, max_length))
+        labels.append(record["label"])
+
+    # labels may be any whole numbers; class numbers count from 0 in their order
     classes = classes or sorted(set(labels))
-    if len(classes) < 2:
-        raise UserError(f"{path}: every label is {classes[0]}; a classifier needs two or more")
-    print(f"{task}: {path.name}, {len(ids):,} items" + f" (the first {s.limit} only)" * (s.limit > 0)
-          + f", {cut:,} cut to {s.max_length} tokens" * (cut > 0), flush=True)
-    return ids, np.searchsorted(classes, labels), classes
+    require(
+        len(classes) > 1, f"{path}: every label is {classes[0]}; a classifier needs two or more"
+    )
+    message = f"{task}: {path.name}, {len(ids):,} items"
+    if limit:
+        message += f" (the first {limit} only)"
+    if n_cut:
+        message += f", {n_cut:,} cut to {max_length} tokens"
+    print(message, flush=True)
+    return Split(ids, np.searchsorted(classes, labels), classes)
 
 
-def measure(labels: np.ndarray, predicted: np.ndarray, n: int) -> dict[str, float]:
-    """Percent accuracy, F1 of class 1 (macro-averaged beyond two classes) and Matthews correlation, of n classes."""
-    confusion = np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n).astype(float)
-    hits, true, guessed, total = confusion.diagonal(), confusion.sum(1), confusion.sum(0), confusion.sum()
-    f1 = 2 * hits / np.maximum(1, true + guessed)
-    spread = (total ** 2 - (true ** 2).sum()) * (total ** 2 - (guessed ** 2).sum())
-    mcc = (hits.sum() * total - true @ guessed) / np.sqrt(spread) if spread else 0.0  # Gorodkin 2004
-    return {"accuracy": 100 * hits.sum() / total, "f1": 100 * (f1[1] if n == 2 else f1.mean()), "mcc": 100 * mcc}
-PARTS = {("blimp", 67): "BLiMP", ("blimp", 5): "supplement", ("ewok", 11): "EWoK"}  # by kind and number of subsets
+# ----------------------------------------------------------------------------------- measures
+
+
+def measure(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[str, float]:
+    """Return accuracy, F1 and Matthews correlation in percent.
+
+    labels, predicted: (N,) class numbers
+    F1 is that of class 1; beyond two classes, the mean over the classes.
+    The correlation of n classes is that of Gorodkin (2004), 0 where it is undefined.
+    """
+    # confusion[i, j]: how many items of class i were taken for class j
+    confusion = np.bincount(labels * n_classes + predicted, minlength=n_classes**2)
+    confusion = confusion.reshape(n_classes, n_classes).astype(float)
+    right = confusion.diagonal()
+    true = confusion.sum(1)
+    guessed = confusion.sum(0)
+    total = confusion.sum()
+
+    f1 = 2 * right / np.maximum(1, true + guessed)
+    if n_classes == 2:
+        f1 = f1[1]
+    else:
+        f1 = f1.mean()
+
+    # the correlation is undefined where all labels, or all predictions, are of one class
+    mcc = 0.0
+    spread = (total**2 - (true**2).sum()) * (total**2 - (guessed**2).sum())
+    if spread:
+        mcc = (right.sum() * total - true @ guessed) / np.sqrt(spread)
+    return {"accuracy": 100 * right.sum() / total, "f1": 100 * f1, "mcc": 100 * mcc}
+
+
+# -------------------------------------------------------------------------------------- reports
+
+
+def mean(seeds: dict[str, dict], key: str) -> float:
+    """Return the mean of a number over the seeds of a task."""
+    return statistics.mean(result[key] for result in seeds.values())
+
+
+def mean_of_tasks(tasks: dict[str, dict[str, dict]]) -> float:
+    """Return the unweighted mean of the tasks' scores, each the mean over its seeds."""
+    return statistics.mean(mean(seeds, "score") for seeds in tasks.values())
+
+
+def table(tasks: dict[str, dict[str, dict]]) -> str:
+    """Return a line for each task and one for their mean, with the deviation over the seeds.
+
+    tasks: results by task and seed
+    """
+    header = f"{'task':9}{'metric':>10}{'score':>8}{'+-':>7}{'accuracy':>10}{'f1':>7}{'mcc':>7}"
+    header += "  epochs"
+    rule = "-" * len(header)
+    lines = [header, rule]
+    for task, seeds in tasks.items():
+        deviation = "-"
+        if len(seeds) > 1:
+            deviation = f"{statistics.stdev(result['score'] for result in seeds.values()):.1f}"
+        epochs = " ".join(str(result["epoch"]) for result in seeds.values())
+        lines.append(
+            f"{task:9}{TASKS[task].metric:>10}{mean(seeds, 'score'):8.1f}{deviation:>7}"
+            f"{mean(seeds, 'accuracy'):10.1f}{mean(seeds, 'f1'):7.1f}{mean(seeds, 'mcc'):7.1f}"
+            f"  {epochs}"
+        )
+    title = f"mean of {len(tasks)} tasks"
+    return "\n".join([*lines, rule, f"{title:19}{mean_of_tasks(tasks):8.1f}"])
+
+
+# The zero-shot parts of the macro average, by a result's kind and its number of subsets: a part of
+# which only some files were scored must not count.
+PARTS = {("blimp", 67): "BLiMP", ("blimp", 5): "supplement", ("ewok", 11): "EWoK"}
+
+
+def zero_shot_parts(folder: Path, step: int) -> dict[str, dict[str, float]]:
+    """Return what eval.py has scored the checkpoint of that step in: mode, part, percent."""
+    parts = {}
+    # the newest result counts where a part was scored twice
+    files = sorted(folder.glob(f"eval_*_{step}*.json"), key=lambda file: file.stat().st_mtime)
+    for file in files:
+        result = read_result(file)
+        if result["step"] != step or result["partial"]:  # the pattern fits step 1000 for step 100
+            continue
+        for task in result["tasks"].values():
+            part = PARTS.get((task.get("kind"), len(task["subsets"])))
+            if part is None:
+                continue
+            for mode, accuracy in task["accuracy"].items():
+                parts.setdefault(f"{mode} {result['protocol']}", {})[part] = accuracy
+    return parts
 
 
 def four_parts(folder: Path, step: int, glue: float | None) -> str:
-    """The macro average of the challenge in each mode that eval.py has scored this checkpoint in, or what it lacks."""
-    parts = {}  # mode: part: percent
-    for file in sorted(folder.glob(f"eval_*_{step}*.json"), key=lambda file: file.stat().st_mtime):
-        result = read_result(file)  # "100" is in the name of step 1000, too
-        for task in result["tasks"].values() if result["step"] == step and not result["partial"] else []:
-            if part := PARTS.get((task.get("kind"), len(task["subsets"]))):
-                for mode, accuracy in task["accuracy"].items():
-                    parts.setdefault(f"{mode} {result['protocol']}", {})[part] = accuracy
+    """Describe the macro average of the challenge in each mode, or what it lacks.
+
+    folder: that of the run, where the results of eval.py lie
+    glue: the mean of the GLUE tasks in percent, None where not all are scored
+    """
     lines = []
-    for mode, scores in (parts or {"every mode": {}}).items():
-        scores = scores | ({"GLUE": glue} if glue is not None else {})
+    for mode, scores in (zero_shot_parts(folder, step) or {"every mode": {}}).items():
+        if glue is not None:
+            scores["GLUE"] = glue
+        listed = "  ".join(f"{part} {score:.1f}" for part, score in scores.items())
         missing = [part for part in (*PARTS.values(), "GLUE") if part not in scores]
-        lines.append(f"{mode}: " + "  ".join(f"{part} {score:.1f}" for part, score in scores.items())
-                     + (f"  no macro average: {', '.join(missing)} not scored whole" if missing else
-                        f"  macro average {statistics.mean(scores.values()):.1f}"))
+        if missing:
+            ending = f"no macro average: {', '.join(missing)} not scored whole"
+        else:
+            ending = f"macro average {statistics.mean(scores.values()):.1f}"
+        lines.append(f"{mode}: {listed}  {ending}")
     return "\n".join(lines)
-
-
-def find(s, name: str) -> Path:
-    """The one file of that name, which may hold a star, in the data folder; raises UserError."""
-    if not Path(s.data).is_dir():
-        raise UserError(f"{s.data}: is not a folder; --data names one that holds TASK.train.jsonl and TASK.valid.jsonl")
-    files = sorted(Path(s.data).glob(name))
-    if len(files) != 1:
-        raise UserError(f"{s.data}: holds {len(files)} files {name} where one was expected; add it, or choose other --tasks")
-    return files[0]
