@@ -145,7 +145,8 @@ def measure(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[s
     """Return accuracy, F1 and Matthews correlation in percent.
 
     labels, predicted: (N,) class numbers
-    F1 is that of class 1; beyond two classes, the mean over the classes.
+    F1 is that of class 1; beyond two classes, the mean over the classes that occur in labels or
+    predictions (scikit-learn's average="macro").
     The correlation of n classes is that of Gorodkin (2004), 0 where it is undefined.
     """
     # confusion[i, j]: how many items of class i were taken for class j
@@ -160,7 +161,7 @@ def measure(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[s
     if n_classes == 2:
         f1 = f1[1]
     else:
-        f1 = f1.mean()
+        f1 = f1[true + guessed > 0].mean()
 
     # the correlation is undefined where all labels, or all predictions, are of one class
     mcc = 0.0

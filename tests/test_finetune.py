@@ -175,6 +175,11 @@ def test_f1_of_three_classes_is_their_mean():
     assert scores["accuracy"] == pytest.approx(400 / 6)
 
 
+def test_a_class_that_does_not_occur_has_no_part_in_the_mean_f1():
+    assert measure(np.array([0, 1]), np.array([0, 1]), 3)["f1"] == 100
+    assert measure(np.array([0, 1]), np.array([0, 2]), 3)["f1"] == pytest.approx(100 / 3)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_score_of_a_task_is_the_metric_that_the_challenge_reports(monkeypatch, task):
     metrics = {"cola": "mcc", "mrpc": "f1", "qqp": "f1"}  # score_predictions.py; others accuracy
