@@ -1,4 +1,4 @@
-"""What tools/bench.py compares is the same computation. Alone: python -m pytest tests/test_bench.py"""
+"""What tools/bench.py compares is the same computation: python -m pytest tests/test_bench.py"""
 
 import multiprocessing
 
@@ -6,61 +6,100 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from antlm.tokenizer import START
-from data import Batches
+from antlm.tokenizer import SPECIAL, START
+from data import OBJECTIVES, Batches
 from model import ModelConfig, Transformer
 from tools import bench
+from tools.peers import PEERS, HuggingFaceLlama, PlainLTGBert
 from train import Settings
 
-
-@pytest.mark.parametrize("backbone, matrices, head", [
-    ("babyllama", 2 * (3 * 64 + 64 + 2 * 96 + 96), 11 * 8),  # qkv, out, gate_up, down; vocab
-    ("ltg_bert", 2 * (2 * 64 + 64 + 64 + 2 * 96 + 96), 64 + 11 * 8),  # qk, v, out, up_gate, down; dense, vocab
-])
-def test_flops_per_token(backbone, matrices, head):
-    model = Transformer(ModelConfig(backbone, vocab_size=11, n_layer=2, n_head=2, n_embd=8, n_ff=12))
-    attention = 3 * 2 * 2 * (5 * 8) * 2  # forward and twice backward, multiply and add, q.k and p.v, T D, layers
-    assert bench.flops_per_token(model, 5, 1.0) == 6 * (matrices + head) + attention
-    assert bench.flops_per_token(model, 5, 0.25) == 6 * (matrices + head / 4) + attention
+CPU = torch.device("cpu")
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_ff": 48, "n_bucket": 4, "max_position": 16}
 
 
-@pytest.mark.parametrize("objective", ["CLM", "MLM"])
+@pytest.mark.parametrize(
+    "backbone, block, head",
+    [
+        ("babyllama", 3 * 64 + 64 + 2 * 96 + 96, 11 * 8),  # qkv, out, gate_up, down; vocab
+        ("ltg_bert", 2 * 64 + 64 + 64 + 2 * 96 + 96, 64 + 11 * 8),  # qk, v, out, ...; dense, vocab
+    ],
+)
+def test_flops_are_six_a_weight_and_those_of_attention(backbone, block, head):
+    model = Transformer(ModelConfig(backbone, 11, n_layer=2, n_head=2, n_embd=8, n_ff=12))
+    products = 2 * (5 * 8) * 2  # q.k and probabilities.v, T D, a multiply and an add
+    attention = 2 * 3 * products  # layers, forward and twice backward
+    assert bench.flops_per_token(model, 5, 1.0) == 6 * (2 * block + head) + attention
+    assert bench.flops_per_token(model, 5, 0.25) == 6 * (2 * block + head / 4) + attention
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_plain_ltg_bert_computes_the_same_loss_and_gradients(objective):
-    s = Settings(backbone="ltg_bert", n_layer=2, n_head=2, n_embd=32, n_ff=48, n_bucket=4, max_position=16, dropout=0.0)
-    plain = bench.PlainLTGBert(s, 50).double()
-    ids = np.random.default_rng(1).integers(4, 50, 400).astype(np.uint16)
-    arrays = Batches(ids, 50, 24, 4, 1, 4).batch(objective, 0, 0, np.arange(4), 0.15)
-    tokens, targets, scored = (None if a is None else torch.from_numpy(a) for a in arrays)
-    found = []
-    for model in (plain, plain.model):
-        model.zero_grad()
-        loss, count = model(tokens, targets, causal=objective == "CLM", scored=scored)
+    plain = PlainLTGBert(Settings(backbone="ltg_bert", **SMALL), 50).double()
+    ids = np.random.default_rng(1).integers(len(SPECIAL), 50, 400).astype(np.uint16)
+    batch = Batches(ids, 50, 24, 4, seed=1).batch(objective, 0, 0, np.arange(4), 0.15)
+    losses = []
+    gradients = []
+    for forward in (plain.forward, super(PlainLTGBert, plain).forward):
+        plain.zero_grad()
+        loss, count = forward(**batch.to(CPU), causal=OBJECTIVES[objective].causal)
         loss.backward()
-        found.append((loss.item(), int(count), [p.grad.clone() for p in plain.model.parameters()]))
-    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-6)
-    for a, b in zip(found[0][2], found[1][2]):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        losses.append((loss.item(), int(count)))
+        gradients.append([p.grad.clone() for p in plain.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow  # transformers takes seconds to import
+@pytest.mark.parametrize("tied", [False, True])
+def test_hugging_face_llama_has_our_size_and_hides_later_tokens_in_causal_mode_only(tied):
+    pytest.importorskip("transformers")
+    settings = Settings(block_size=8, tied=tied, **SMALL)
+    peer = HuggingFaceLlama(settings, 50).eval()
+    ours = Transformer(settings.model_config(50))
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in ours.parameters())
+
+    tokens = torch.arange(4, 12)[None]
+    targets = torch.full_like(tokens, -100)
+    targets[0, 0] = 5
+    changed = tokens.clone()
+    changed[0, -1] = 40
+    for causal in (True, False):
+        losses = [peer(x, targets, causal=causal)[0].item() for x in (tokens, changed)]
+        assert (losses[0] == losses[1]) == causal
 
 
 @pytest.mark.parametrize("peer", [False, True])
-def test_a_case_times_its_steps(peer):
-    ours, theirs = multiprocessing.Pipe()
-    for request in ((1, False), (1, True), None):
-        ours.send(request)
-    args = ["--backbone=ltg_bert", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_ff=16", "--block_size=16"]
-    bench.worker(theirs, args, "MLM", False, peer, 4, 1, "cpu", False)
-    (whole, nothing), (split, parts), (memory, flops) = (ours.recv() for _ in range(3))
-    assert whole > 0 and not any(nothing.values()) and 0 < sum(parts.values()) <= split and memory > 0 and flops > 0
-    assert bench.ceiling(Settings(n_embd=16, n_ff=16, block_size=16), 4, torch.device("cpu"), False) > 0
+def test_a_case_answers_with_seconds_and_then_with_memory_and_flops(peer):
+    ours, end = multiprocessing.Pipe()
+    settings = Settings(backbone="ltg_bert", block_size=16, **SMALL)
+    case = bench.Case("config/ltg_bert.py", settings, "MLM", "off", peer, CPU)
+    for steps in (2, 1, 0):
+        ours.send(steps)
+    bench.run_case(end, case, rows=4, threads=1)
+    assert ours.recv() > 0
+    assert ours.recv() > 0
+    memory, flops = ours.recv()
+    assert memory > 0
+    assert flops > 0
+    assert bench.ceiling(case, rows=4) > 0
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])
 def test_the_plain_way_gives_the_same_scores(mode):
     torch.manual_seed(1)
-    model = Transformer(ModelConfig("babyllama", 50, n_layer=2, n_head=2, n_embd=32, n_ff=48)).double().eval()
+    config = ModelConfig("babyllama", 50, n_layer=2, n_head=2, n_embd=32, n_ff=48)
+    model = Transformer(config).double().eval()
     rng = np.random.default_rng(1)
-    ids = [np.concatenate(([START], rng.integers(4, 50, n))) for n in (3, 7, 4, 9)]
-    ids.append(np.concatenate((ids[1][:5], [4, 5])))  # shares a prefix
-    ours = evaluation.score(model, ids, np.ones(len(ids), int), mode, [""] * len(ids))
-    assert bench.plain_scores(model, ids, mode, batch=3) == pytest.approx(ours, abs=1e-4)
+    texts = [np.concatenate(([START], rng.integers(4, 50, n))) for n in (3, 7, 4, 9)]
+    texts.append(np.concatenate((texts[1][:5], [4, 5])))  # shares a prefix
+    expected = bench.our_scores(model, texts, mode)
+    scores = bench.plain_scores(model, texts, mode, batch_rows=3)
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_backbone_without_a_peer_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.delitem(PEERS, "ltg_bert")
+    monkeypatch.setattr("sys.argv", ["bench.py", "config/ltg_bert.py", "--peer"])
+    with pytest.raises(SystemExit, match="config/ltg_bert.py: no peer of ltg_bert is known"):
+        bench.main()
