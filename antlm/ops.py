@@ -126,7 +126,8 @@ def position_scores(x: Tensor, table: Tensor) -> Tensor:
 
 def plain_vocabulary_loss(x, weight, bias, targets, weights=None) -> Tensor:
     """Sum the cross-entropy as the formula reads; the arguments are those of vocabulary_loss."""
-    logits = F.linear(x, weight, bias).flatten(0, 1).float()
+    logits = F.linear(x, weight, bias).flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
     if weights is not None:
         losses = losses * weights.flatten()
