@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,32 @@ class Processes:
         if self.world > 1:
             # numbers of the host travel by gloo, so that no step waits for the GPU
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend)
+            dist.init_process_group(
+                backend, store=self.fresh_store(), rank=self.rank, world_size=self.world
+            )
+
+    def fresh_store(self) -> dist.Store:
+        """Return torchrun's store, under a name that is new at each start.
+
+        Without it a process that torchrun starts again may be told the address of a dead one: its
+        store keeps what was written before the failure (torch 2.13).
+        """
+        store, _, _ = next(dist.rendezvous("env://"))
+        name = uuid4().hex
+        # Each process asks rank 0 for the name. It asks by a question of its own, since an answer
+        # to a known one could be from before the failure, too.
+        if self.rank > 0:
+            store.set(f"question of {self.rank}", name)
+            name = store.get(name).decode()
+            store.set(f"{name}: {self.rank} has come", "")
+        else:
+            for rank in range(1, self.world):
+                while not store.check([f"{name}: {rank} has come"]):
+                    # the first question may be that of a dead process
+                    question = store.get(f"question of {rank}").decode()
+                    store.set(question, name)
+                    time.sleep(0.01)
+        return dist.PrefixStore(name, store)
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Return each number summed over all processes; they wait for each other."""

@@ -1,61 +1,116 @@
-"""What tests that train share: a small corpus with enough structure to learn, made here, and ways to call train.py."""
+"""What tests that train share: a small corpus to learn, and ways to call train.py."""
 
-import random
+import json
+import os
 import signal
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from kill import make_corpus
 
 import config
-import prepare
 import train
 from config import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(1)
-    nouns, verbs = "cat dog bird horse child teacher".split(), "sees likes finds follows hears".split()
-    for name, n in (("text.train", 600), ("text.dev", 80)):
-        lines = (f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}." for _ in range(n))
-        (folder / name).write_text("\n".join(lines) + "\n")
-    prepare.prepare([str(folder / "text.train")], [str(folder / "text.dev")], str(folder / "corpus"), vocab_size=300)
-    return str(folder / "corpus")
+    return str(make_corpus(tmp_path_factory.mktemp("corpus"), n_lines=600))
 
 
 @pytest.fixture(autouse=True)
-def as_before():
-    """One thread, since for models this small more only wait for each other; handlers that train.train sets go back."""
-    threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def process_state():
+    """Use one thread, since more only wait for each other in models this small.
+
+    The threads and the signal handlers, which train.train sets, are put back afterwards.
+    """
+    n_threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(n_threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def until(process: subprocess.Popen, beginning: str):
-    """Wait for a line of a process's output, two minutes at most."""
+# ------------------------------------------------------------------------------ in this process
+
+
+def train_here(*args: str):
+    """Train in this process, without the seconds that an import of torch takes."""
+    train.train(config.load(train.Settings, list(args)))
+
+
+def refusal(*args: str) -> str:
+    """Return the one line in which training in this process ends."""
+    with pytest.raises(UserError) as error:
+        train_here(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------- in processes of their own
+
+
+def start(*args: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start train.py, by torchrun where there are arguments for it."""
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", *torchrun]
+    return subprocess.Popen(
+        [*command, "train.py", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """Wait for the end of a process; return what it printed and its error lines."""
+    try:
+        printed, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == code, printed + errors
+    return printed, errors
+
+
+def error_line(process: subprocess.Popen) -> str:
+    """Wait for the end of a process that fails, and return the one line that it says."""
+    errors = finish(process, code=1)[1]
+    assert errors.startswith("train.py: ")
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+def wait_for_line(process: subprocess.Popen, beginning: str):
+    """Read what a process prints up to a line; fail where it ends or needs two minutes."""
     timer = threading.Timer(120, process.kill)
     timer.start()
     try:
-        assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+        for line in process.stdout:
+            if line.startswith(beginning):
+                return
+        pytest.fail(f"no line began with {beginning!r}: {process.communicate()}")
     finally:
         timer.cancel()
 
 
-def once(*args: str):
-    """Train in this process, without the seconds that an import of torch takes."""
-    train.train(config.load(train.Settings, [*args]))
+# ------------------------------------------------------------------------------ what a run leaves
 
 
-def refusal(*args: str) -> str:
-    """The error in which training ends in this process."""
-    try:
-        once(*args)
-    except UserError as e:
-        return str(e)
-    pytest.fail("trained to the end")
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_losses(run: Path) -> dict[int, dict[str, float]]:
+    """Return the training losses of each step that has a line."""
+    return {entry["step"]: entry["loss"] for entry in read_metrics(run) if "loss" in entry}
