@@ -40,6 +40,7 @@ class Corpus:
             self.boundary = self.meta["boundary"]
             self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
             self.vocab_size = self.tokenizer.vocab_size
+            # another tokenizer would give the same ids another meaning
             self.compare("tokenizer.json", self.tokenizer.sha256, self.meta["tokenizer_sha256"])
             self.train = self.open("train")
             self.dev = self.open("dev")
@@ -56,15 +57,13 @@ class Corpus:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.compare(path.name, sha256, self.meta[split]["sha256"])
-        ids = np.memmap(path, self.tokenizer.dtype, mode="r")
-        self.compare(path.name, len(ids), self.meta[split]["tokens"])
-        return ids
+        # mapped, not read: all processes of a machine share the pages
+        return np.memmap(path, self.tokenizer.dtype, mode="r")
 
     def compare(self, file: str, value, stated):
         require(
             value == stated,
-            f"{self.folder / file}: {value} does not match {stated} in meta.json; "
-            "prepare the corpus again with prepare.py",
+            f"{self.folder / file}: not the file that meta.json describes; prepare the corpus again",
         )
 
 
@@ -81,6 +80,7 @@ def hash64(*keys) -> np.ndarray:
     """
     h = np.zeros(1, np.uint64)
     for key in keys:
+        # one round of splitmix64 for each key
         h = (h ^ np.asarray(key, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -90,6 +90,7 @@ def hash64(*keys) -> np.ndarray:
 
 def uniform(h: np.ndarray) -> np.ndarray:
     """Turn hashes into floating-point numbers in [0, 1)."""
+    # a double holds 53 bits
     return (h >> np.uint64(11)) * 2.0**-53
 
 
@@ -105,6 +106,7 @@ DROPOUT = 6  # the generator of a forward pass
 
 def dropout_seed(seed: int, step: int, objective: "Objective", index: int) -> int:
     """Return the seed of a forward pass's dropout: a function of position, too."""
+    # 63 bits, because torch takes signed seeds
     return int(hash64(seed, DROPOUT, step, objective.seed, index)[0] >> np.uint64(1))
 
 
@@ -136,7 +138,7 @@ class Rows:
 
 @dataclass
 class Hiding:
-    """How an objective is to hide tokens.
+    """What an objective is told about hiding tokens.
 
     rate: share of tokens that are hidden
     span: mean length in tokens of what is hidden at once
@@ -171,20 +173,22 @@ class Batch:
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """Return the fields that are not None as tensors on a device, by name."""
         tensors = {}
+        on_gpu = device.type == "cuda"
         for field in fields(self):
             array = getattr(self, field.name)
             if array is None:
                 continue
             tensor = torch.from_numpy(array)
-            if device.type == "cuda":
+            if on_gpu:
                 # from pinned memory the copy runs while the GPU still computes
                 tensor = tensor.pin_memory()
-            tensors[field.name] = tensor.to(device, non_blocking=True)
+            tensors[field.name] = tensor.to(device, non_blocking=on_gpu)
         return tensors
 
 
 def clm(rows: Rows, hiding: Hiding) -> Batch:
     """Causal language modelling: predict the next token. Nothing is hidden, all is scored."""
+    # past the end of the epoch there is nothing to predict
     return Batch(rows.tokens, np.where(rows.inside, rows.following, IGNORE))
 
 
@@ -212,7 +216,7 @@ class Objective(NamedTuple):
     causal: whether a position sees only those before it
     mode: how eval.py asks a model that was trained with it: causal, masked or mntp
     max_rate: largest share of a row that it hides; None: the run's mask_start and mask_end
-    seed: a number of its own, from which its dropout follows; never reused or changed
+    seed: a number of its own, from which its dropout follows
     """
 
     build: Callable[[Rows, Hiding], Batch]
@@ -222,7 +226,8 @@ class Objective(NamedTuple):
     seed: int
 
 
-# An objective is one function above and one row here. Nothing else anywhere knows them by name.
+# An objective is one function above and one row here; nothing else has to change for a new one.
+# Never change a seed: old checkpoints go on with it.
 OBJECTIVES = {
     "CLM": Objective(clm, causal=True, mode="causal", max_rate=0.0, seed=0),
     "MLM": Objective(mlm, causal=False, mode="masked", max_rate=None, seed=1),
@@ -264,6 +269,7 @@ def hide_tokens(rows: Rows, hiding: Hiding, first: int = 0):
 
     # shuffle the spans and take tokens in that order; those that must not be hidden come last
     hideable = rows.inside & (rows.tokens >= len(SPECIAL)) & (position >= first)
+    # 63 random bits, so that 1 << 63 comes after every one of them
     rank = rows.random(CHOICE, span_start) >> np.uint64(1)
     rank = np.where(hideable, rank, np.uint64(1 << 63))
     chosen = np.argsort(rank, axis=1, kind="stable")[:, : hiding.slots]  # (R, K)
@@ -279,6 +285,7 @@ def hide_tokens(rows: Rows, hiding: Hiding, first: int = 0):
     # 80% become <mask>; 10% become a random token and 10% stay as they are, because <mask> never
     # occurs when the model is used: it has to keep an opinion about every token that it sees
     original = np.take_along_axis(rows.tokens, chosen, axis=1)
+    # one die for a whole span; a random token is never a special one
     kind = uniform(rows.random(KIND, np.take_along_axis(span_start, chosen, axis=1)))
     n_ordinary = np.uint64(hiding.vocab_size - len(SPECIAL))
     random = len(SPECIAL) + (rows.random(TOKEN, chosen) % n_ordinary).astype(np.int64)
@@ -292,6 +299,7 @@ def hide_tokens(rows: Rows, hiding: Hiding, first: int = 0):
 def place_targets(rows: Rows, position: np.ndarray, original: np.ndarray, hidden: np.ndarray):
     """Return targets (R, T): the original token at the position of every slot that is in use."""
     targets = np.full_like(rows.tokens, IGNORE)
+    # only slots in use: the others would overwrite targets with tokens that were not hidden
     row, slot = np.nonzero(hidden)
     targets[row, position[row, slot]] = original[row, slot]
     return targets
@@ -340,6 +348,7 @@ class Batches:
         self.seed = seed
         self.max_mask_rate = max_mask_rate
         self.mask_span = mask_span
+        # the last row of an epoch may be short, and its last step may lack rows
         self.n_rows = math.ceil(len(ids) / block_size)
         self.steps_per_epoch = math.ceil(self.n_rows / batch_rows)
         self.order_epoch = None  # of which epoch self.order_rows is the order
@@ -347,6 +356,7 @@ class Batches:
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the rows' numbers in the order of an epoch, (n_rows,)."""
+        # sorting takes as long as many steps, so it is done once an epoch
         if self.order_epoch != epoch:
             rank = hash64(self.seed, ORDER, epoch, np.arange(self.n_rows))
             self.order_rows = np.argsort(rank, kind="stable")
@@ -354,11 +364,12 @@ class Batches:
         return self.order_rows
 
     def offset(self, epoch: int) -> int:
-        """Return the id in which the first row of the text begins in an epoch."""
+        """Return the index in ids at which an epoch begins."""
         return int(hash64(self.seed, OFFSET, epoch)[0] % np.uint64(len(self.ids)))
 
     def slots(self, objective: str) -> int:
         """K of an objective: how many positions of a row may be hidden, at most."""
+        # of the largest rate of the run, so that shapes stay the same from step to step
         rate = OBJECTIVES[objective].max_rate
         if rate is None:
             rate = self.max_mask_rate
@@ -369,9 +380,11 @@ class Batches:
 
         place: (R,) numbers below batch_rows; -1 gives a row in which nothing is scored
         """
-        number = step * self.batch_rows + place  # in the epoch
-        exists = (number < self.n_rows) & (place >= 0)
-        number = self.order(epoch)[np.minimum(number, self.n_rows - 1)][:, None]  # in the text
+        # rows that do not exist read some row, of which nothing is scored
+        number_in_epoch = step * self.batch_rows + place
+        exists = (number_in_epoch < self.n_rows) & (place >= 0)
+        number_in_epoch = np.minimum(number_in_epoch, self.n_rows - 1)
+        number = self.order(epoch)[number_in_epoch][:, None]
 
         # positions count from this epoch's offset, and run on at the beginning of the text
         position = number * self.block_size + np.arange(self.block_size)
@@ -409,7 +422,8 @@ class Batches:
         process, because DDP waits until all have made equally many backward passes; rows of
         place -1 fill the last parts up.
         """
-        parts = []  # of all processes: objective, index, places
+        # the parts of all processes: objective, index, places of their rows
+        parts = []
         start = 0
         for objective, n_rows in phase.split_rows(self.batch_rows).items():
             n_parts = math.ceil(n_rows / (micro_rows * world)) * world
@@ -420,6 +434,7 @@ class Batches:
                 parts.append((objective, index, part))
             start += n_rows
 
+        # those of this process
         micro_batches = []
         for objective, index, part in parts[rank::world]:
             batch = self.batch(objective, epoch, step, part, mask_rate)

@@ -62,10 +62,10 @@ class ModelConfig:
 
 
 class Mask(NamedTuple):
-    """Which keys a query may see. Transformer.forward builds it, blocks hand it on unopened.
+    """Which keys a query may see. Transformer.forward builds it, blocks pass it on unopened.
 
     hidden: broadcasts to (B, H, Tq, Tk), True where a key is hidden; None: every key is seen
-    triangle: whether just the later keys are hidden, so that a kernel need not read `hidden`
+    triangle: whether just the later keys are hidden, a case that kernels have built in
     """
 
     hidden: Tensor | None
@@ -122,17 +122,20 @@ def attend(
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
-    return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, d)
+    # (..., T, D) -> (..., H, T, d)
+    return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(-3, -2).flatten(-2)  # (..., H, T, d) -> (..., T, D)
+    # (..., H, T, d) -> (..., T, D)
+    return x.transpose(-3, -2).flatten(-2)
 
 
 def update_cache(cache: list | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Append keys and values (B, H, T, d) to the layer's cache, and return all of them."""
     if cache is None:
         return k, v
+    # an empty list is a cache that nothing has filled yet
     if cache:
         k = torch.cat((cache[0], k), dim=-2)
         v = torch.cat((cache[1], v), dim=-2)
@@ -154,6 +157,8 @@ class LlamaEmbedding(nn.Module):
     def forward(self, tokens: Tensor, start: int):
         """Return x (B, T, D), and cosine and sine (T, d / 2) of the positions from `start` on."""
         device = tokens.device
+        # pair i of a head turns by position * 10000^(-2i / d); in float32 also under autocast,
+        # since bfloat16 cannot tell positions beyond 256 apart
         position = torch.arange(start, start + tokens.size(1), device=device).float()
         exponent = -torch.arange(0, self.head_size, 2, device=device) / self.head_size
         angle = torch.outer(position, 10000.0**exponent)
@@ -163,6 +168,7 @@ class LlamaEmbedding(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the two halves of each head by their angles (the layout of Hugging Face)."""
     a, b = x.chunk(2, dim=-1)
+    # back to the type of x: the angles are float32
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -174,6 +180,7 @@ class LlamaBlock(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.attention_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        # one product for queries, keys and values is faster than three
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.ff_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
@@ -203,6 +210,7 @@ class LlamaHead(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.vocab = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # tied: one matrix reads the tokens and writes them
         if config.tied:
             self.vocab.weight = embedding.weight
 
@@ -242,6 +250,7 @@ def position_buckets(n_bucket: int, max_position: int) -> Tensor:
     rows = []
     for distance in range(1 - max_position, max_position):
         bucket = abs(distance)
+        # exact up to mid, then logarithmic up to max_position
         if bucket > mid:
             log = math.log(bucket / mid) / math.log((max_position - 1) / mid)
             # the 1e-9 keeps the ceiling of a whole number whole under rounding
@@ -263,6 +272,7 @@ class LTGEmbedding(nn.Module):
         self.dropout = config.dropout
         self.max_distance = config.max_position - 1
         buckets = position_buckets(config.n_bucket, config.max_position)
+        # not in checkpoints: it follows from the sizes
         self.register_buffer("buckets", buckets, persistent=False)
 
     def forward(self, tokens: Tensor, start: int):
@@ -290,6 +300,7 @@ class LTGBlock(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
+        # tokens and positions share this projection, where DeBERTa has two
         self.qk = nn.Linear(config.n_embd, 2 * config.n_embd)
         self.v = nn.Linear(config.n_embd, config.n_embd)
         self.out = nn.Linear(config.n_embd, config.n_embd)
@@ -315,12 +326,14 @@ class LTGBlock(nn.Module):
         k_position = split_heads(k_position, self.n_head)
 
         # score(i, j) = (q_i . k_j + q_i . k_position[i - j] + k_j . q_position[i - j]) * scale
+        # three terms, each of variance d: hence 3 d in the scale
         scale = (3 * q.size(-1)) ** -0.5
         mirrored = rows.flip(0).roll(-1)  # the rows as the keys see them: of distances j - i
         content_to_position = ops.position_scores(q, k_position[:, rows])
         position_to_content = ops.position_scores(k, q_position[:, mirrored]).mT
         bias = (content_to_position + position_to_content) * scale
         y = merge_heads(attend(q, k, v, mask, bias, scale, rate))
+        # the norm behind the attention lies inside the residual branch
         x = x + dropout(self.out_norm(self.out(y)), rate)
 
         # feed-forward
@@ -358,6 +371,7 @@ def init_ltg(model: "Transformer"):
             nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
+        # what is left are weights of norms, which stay 1
     # the feed-forward layers start smaller the deeper they lie
     for layer, block in enumerate(model.blocks):
         for linear in (block.up_gate, block.down):
@@ -412,6 +426,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(backbone.block(config) for _ in range(config.n_layer))
         self.head = backbone.head(config, self.embedding.tokens)
         self.max_tokens = config.max_tokens
+        # last, since with tied weights embedding and head are one parameter
         backbone.init(self)
 
     def forward(
@@ -461,6 +476,7 @@ class Transformer(nn.Module):
         vocab = self.head.vocab
         if targets is None:
             return vocab(x)
+        # a sum and a count: only the caller knows how many tokens the whole step scores
         loss = ops.vocabulary_loss(x, vocab.weight, vocab.bias, targets, weights)
         count = (targets != IGNORE).sum()
         if with_logits:

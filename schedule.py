@@ -114,14 +114,6 @@ class Schedule:
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
-    @property
-    def objectives(self) -> list[str]:
-        """Names of all objectives, in the order in which they first occur."""
-        names = []
-        for phase in self.phases:
-            names += phase.objectives
-        return list(dict.fromkeys(names))
-
     def epoch(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step and the step's number within it, both from 0."""
         return divmod(step, self.steps_per_epoch)

@@ -8,7 +8,6 @@ python train.py config/babyllama.py --resume                               # go 
 
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import config
-from antlm.checkpoint import RunFolder
+from antlm.checkpoint import RunFolder, restore
 from antlm.distributed import (
     DEVICES,
     PRECISIONS,
@@ -41,7 +40,7 @@ from schedule import DECAYS, Schedule, parse
 class Settings:
     # where from and where to
     corpus: str = "corpora/babylm"  # folder made by prepare.py
-    corpus_from: str = "babylm_10M --dev babylm_dev"  # arguments of prepare.py that make it
+    corpus_command: str = "python prepare.py TEXT --dev TEXT --out FOLDER"  # how to make it
     out_dir: str = "runs/babylm"  # folder for checkpoints, metrics and settings
     resume: bool = False  # go on from the newest checkpoint in it
     # model
@@ -54,11 +53,11 @@ class Settings:
     dropout: float = 0.0  # 0.1 for LTG-BERT
     n_bucket: int = 32  # LTG-BERT: relative positions fall into 2 * n_bucket - 1 buckets
     max_position: int = 512  # LTG-BERT: distances from here on share a bucket
-    # what is learnt
+    # objectives and batches
     schedule: str = "4_CLM+16_MLM+4_CLM"  # EPOCHS_OBJECTIVE+..., or EPOCHS_1CLM:15MNTP for a mix
     block_size: int = 128  # tokens a row
     batch_rows: int = 256  # rows per optimizer step, over all processes and micro-batches
-    micro_rows: int = 64  # rows per forward pass and process at most: bounds the memory
+    micro_rows: int = 64  # rows per forward pass and process at most, for the memory's sake
     mask_start: float = 0.15  # share of tokens that MLM and MNTP hide at first; GPT-BERT: 0.3
     mask_end: float = 0.15  # and at the last step; linear in between
     mask_span: float = 1.0  # mean tokens hidden at once; 1 single tokens, 3 the spans of ltg-bert
@@ -75,7 +74,7 @@ class Settings:
     weight_decay: float = 0.1  # not on embeddings, biases and norms
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     skip_nonfinite: int = 0  # steps of a non-finite loss that may be skipped before the run stops
-    # looking at it
+    # logs and checkpoints
     log_every: int = 20  # steps
     eval_every: int = 0  # steps between evaluations on the dev tokens; 0: at the end of each epoch
     eval_rows: int = 512  # rows of the dev tokens, at most
@@ -95,6 +94,7 @@ class Settings:
             require(value != "", f"{field.name} must not be empty")
             if field.type is float:
                 require(math.isfinite(value), f"{field.name} = {value} must be finite")
+        # values that are one of a few words
         choices = {
             "optimizer": OPTIMIZERS,
             "lr_decay": DECAYS,
@@ -108,6 +108,7 @@ class Settings:
         for name in ("batch_rows", "micro_rows", "log_every", "eval_rows", "save_every", "keep"):
             value = getattr(self, name)
             require(value >= 1, f"{name} = {value} must be at least 1")
+        require(self.seed < 2**63, f"seed = {self.seed} must be less than 2**63")
         for name in ("seed", "weight_decay", "clip", "skip_nonfinite", "eval_every"):
             value = getattr(self, name)
             require(value >= 0, f"{name} = {value} must not be negative")
@@ -121,11 +122,12 @@ class Settings:
             f"lr_min_ratio = {self.lr_min_ratio} is a share of the peak: it must lie in [0, 1]",
         )
 
+        # values that depend on each other
         self.check_rows()
         self.check_schedule()
 
     def check_rows(self):
-        """Raise UserError for a row that the backbone cannot take or that hides all or nothing."""
+        """Raise UserError for a bad length of rows or rate of hidden tokens."""
         T = self.block_size
         longest = self.model_config(vocab_size=1).max_tokens
         require(T >= 2, f"block_size = {T} must be at least 2 tokens")
@@ -148,7 +150,7 @@ class Settings:
                 )
 
     def check_schedule(self):
-        """Raise UserError for a batch that cannot be shared, and for too many epochs."""
+        """Raise UserError where batch_rows cannot be shared, or for too many epochs."""
         phases = parse(self.schedule)
         world = int(os.environ.get("WORLD_SIZE", 1))
         require(
@@ -171,10 +173,23 @@ class Settings:
         names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
+    def make_schedule(self, steps_per_epoch: int, words_per_epoch: int) -> Schedule:
+        return Schedule(
+            phases=parse(self.schedule),
+            steps_per_epoch=steps_per_epoch,
+            lr=self.lr,
+            lr_min_ratio=self.lr_min_ratio,
+            warmup=self.warmup,
+            decay=self.lr_decay,
+            mask_start=self.mask_start,
+            mask_end=self.mask_end,
+            words_per_epoch=words_per_epoch,
+        )
+
 
 # Settings that may differ when a run goes on; all others would make it a different run.
 FREE = {
-    "corpus", "corpus_from", "out_dir", "resume", "micro_rows", "skip_nonfinite", "log_every",
+    "corpus", "corpus_command", "out_dir", "resume", "micro_rows", "skip_nonfinite", "log_every",
     "eval_every", "eval_rows", "eval_mask_rate", "save_every", "keep", "babylm_rules", "device",
     "precision", "compile",
 }  # fmt: skip
@@ -182,11 +197,8 @@ FREE = {
 
 def open_corpus(s: Settings) -> Corpus:
     """Open the corpus; raises UserError, with the command that makes it, where it is missing."""
-    require(
-        os.path.exists(s.corpus),
-        f"{s.corpus}: does not exist; make it with: "
-        f"python prepare.py {s.corpus_from} --out {s.corpus}",
-    )
+    exists = os.path.exists(s.corpus)
+    require(exists, f"{s.corpus}: does not exist; make it with: {s.corpus_command}")
     corpus = Corpus(s.corpus)
     require(
         len(corpus.train) > s.block_size,
@@ -197,20 +209,17 @@ def open_corpus(s: Settings) -> Corpus:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Transformer,
-    dev: Batches,
-    s: Settings,
-    objectives: list[str],
-    processes: Processes,
-    autocast,
-) -> dict[str, float]:
+def evaluate(model: Transformer, dev: Batches, s: Settings, processes, autocast) -> dict:
     """Return the dev loss of each objective in nats per scored token.
 
-    On the same rows each time, shared out over the processes, by the uncompiled model: shapes vary.
+    On the same rows each time, by the uncompiled model, whose shapes may vary.
     """
+    # the objectives of the run, and CLM and MLM always: a phase of one shows what it costs the other
+    names = {"CLM", "MLM", *find_objectives(s.schedule)}
+    objectives = [name for name in OBJECTIVES if name in names]
     model.eval()
     losses = {}
+    # every process scores its share of the first rows
     rows = np.arange(processes.rank, min(s.eval_rows, dev.n_rows), processes.world)
     for objective in objectives:
         total = 0.0
@@ -222,47 +231,35 @@ def evaluate(
                 loss, n_scored = model.forward(**batch, causal=OBJECTIVES[objective].causal)
             total += loss.item()
             count += n_scored.item()
+        # divided once, over all processes: a mean of means would weigh short shares too much
         total, count = processes.sum([total, count])
         losses[objective] = total / max(1, count)
     model.train()
     return losses
 
 
-def make_schedule(s: Settings, steps_per_epoch: int, words_per_epoch: int) -> Schedule:
-    return Schedule(
-        phases=parse(s.schedule),
-        steps_per_epoch=steps_per_epoch,
-        lr=s.lr,
-        lr_min_ratio=s.lr_min_ratio,
-        warmup=s.warmup,
-        decay=s.lr_decay,
-        mask_start=s.mask_start,
-        mask_end=s.mask_end,
-        words_per_epoch=words_per_epoch,
-    )
-
-
-def describe(
-    s: Settings,
-    model: Transformer,
-    corpus: Corpus,
-    schedule: Schedule,
-    processes: Processes,
-    precision: str,
-    compiled: bool,
-) -> str:
-    """Say what is trained, on what, for how long, and what `auto` has picked."""
+def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:
+    """Say what is trained, on what and for how long."""
     n_params = sum(p.numel() for p in model.parameters())
     words = corpus.meta["train"]["words"]
-    compilation = "on" if compiled else "off"
     return (
         f"{s.backbone}: {n_params / 1e6:.2f} million parameters, {words:,} words, "
         f"{len(corpus.train):,} tokens\n"
         f"{s.schedule}: {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of "
-        f"{s.batch_rows} x {s.block_size} tokens\n"
-        f"device {processes.describe_device()}, {processes.world} process(es); "
-        f"precision {precision} ({s.precision}); compile {compilation} ({s.compile}: on for a GPU)"
+        f"{s.batch_rows} x {s.block_size} tokens"
     )
+
+
+def describe_machine(s: Settings, processes: Processes, bfloat16: bool, compiled: bool) -> str:
+    """Say where it is trained and how, and why `auto` has picked that."""
+    line = f"device {processes.describe_device()}, {processes.world} process(es); precision "
+    line += "bfloat16 autocast" if bfloat16 else "float32"
+    if s.precision == "auto":
+        line += " (auto: bfloat16 where the device has fast instructions for it)"
+    line += "; compile on" if compiled else "; compile off"
+    if s.compile == "auto":
+        line += " (auto: on for a GPU only)"
+    return line
 
 
 def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from top to bottom
@@ -285,7 +282,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     dev = Batches(
         corpus.dev, corpus.vocab_size, s.block_size, s.eval_rows, 0, max_mask_rate=s.eval_mask_rate
     )
-    schedule = make_schedule(s, batches.steps_per_epoch, corpus.meta["train"]["words"])
+    schedule = s.make_schedule(batches.steps_per_epoch, corpus.meta["train"]["words"])
 
     # --------------------------------------------- model and optimizers, new or from the checkpoint
     torch.manual_seed(s.seed)
@@ -296,11 +293,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     start = 0
     skipped = 0  # steps whose loss or gradient was not finite
     if checkpoint:
-        start = checkpoint["step"]
-        skipped = checkpoint["skipped"]
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
+        start, skipped = restore(checkpoint, run.path, model, optimizers)
     checkpoint = None  # its memory is free again
     run.begin(s, corpus, schedule, start)
 
@@ -311,17 +304,17 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     if compiled:
         model.compile(dynamic=False)  # in place; model.forward stays uncompiled, for evaluation
     ddp = model
-    if processes.world > 1:
+    if processes.world > 1:  # no buffer ever changes, so none is broadcast
         ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    precision = "bfloat16 autocast" if bfloat16 else "float32"
-    processes.print(describe(s, model, corpus, schedule, processes, precision, compiled))
+    processes.print(describe(s, model, corpus, schedule))
+    processes.print(describe_machine(s, processes, bfloat16, compiled))
     processes.print(f"run {run.path}, starts at step {start} of {schedule.steps}")
 
     # ------------------------------------------------------------------------------------- the loop
     log = TrainingLog(run, schedule, s, list(OBJECTIVES), skipped)
     signals = StopSignals()
     stopped = False
-    step = start  # optimizer steps taken
+    step = start
     while step < schedule.steps:
         epoch, step_in_epoch = schedule.epoch(step)
         phase = schedule.phase(step)
@@ -353,6 +346,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         for i, micro_batch in enumerate(micro_batches):
             objective = OBJECTIVES[micro_batch.objective]
             batch = micro_batch.batch.to(device)
+            # dropout is a function of position, too: a resumed run draws the same
             torch.manual_seed(dropout_seed(s.seed, step, objective, micro_batch.index))
             if processes.world > 1:  # gradients are exchanged in the last backward pass only
                 ddp.require_backward_grad_sync = i == len(micro_batches) - 1
@@ -367,17 +361,16 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         # clip the gradient, and update the weights unless it is not finite
         norm = clip_grad_norm_(model.parameters(), s.clip or math.inf)
         guarded_step(optimizers, lr, norm)
-        step += 1
+        step += 1  # from here on it counts the steps done
 
         # log
         log.add(step, micro_batches, losses, norm)
         if step % s.log_every == 0 or step in (start + 1, schedule.steps):
             log.write(step, lr, mask_rate)
 
-        # evaluate on the dev tokens: objectives of the run, and CLM and MLM for comparison
+        # evaluate on the dev tokens
         if step % (s.eval_every or schedule.steps_per_epoch) == 0 or step == schedule.steps:
-            names = [name for name in OBJECTIVES if name in ("CLM", "MLM", *schedule.objectives)]
-            dev_losses = evaluate(model, dev, s, names, processes, autocast)
+            dev_losses = evaluate(model, dev, s, processes, autocast)
             log.write_dev(step, dev_losses)
 
         # save
@@ -391,8 +384,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         run.save(step, model, optimizers, skipped=log.skipped)
     processes.wait()  # none leaves while another is at work
     if stopped:
-        again = shlex.join([*(arg for arg in sys.argv if arg != "--resume"), "--resume"])
-        processes.print(f"stopped after step {step}; go on with: python {again}")
+        processes.print(f"stopped after step {step}; go on with the same command and --resume")
         leave(processes, signals.exit_code())
     minutes = (time.time() - log.started) / 60
     processes.print(f"trained {run.path} in {minutes:.1f} minutes")

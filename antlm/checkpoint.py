@@ -169,6 +169,20 @@ def load_run(path: str, device: str | torch.device = "cpu") -> LoadedRun:
 # ----------------------------------------------------------------------------------- the run folder
 
 
+def restore(content: dict, path: Path, model: Transformer, optimizers: list) -> tuple[int, int]:
+    """Put weights and optimizers back; return the steps done and those of them that were skipped.
+
+    Raises UserError, which begins with `path`, where they do not fit this model and optimizer.
+    """
+    try:
+        model.load_state_dict(content["model"])
+        for optimizer, state in zip(optimizers, content["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a checkpoint of this train.py ({one_line(error)})") from None
+    return content["step"], content["skipped"]
+
+
 class RunFolder:
     """The folder of one run: lock, settings, metrics, source and checkpoints.
 

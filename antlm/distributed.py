@@ -6,12 +6,13 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from config import UserError, program_name, require
+from config import UserError, require
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -128,7 +129,7 @@ class Processes:
 
 
 class StopSignals:
-    """Take note of Ctrl-C and SIGTERM, so that the step in progress can be finished and saved."""
+    """Remember Ctrl-C and SIGTERM, so that the step in progress can be finished and saved."""
 
     def __init__(self):
         self.received = []
@@ -175,10 +176,11 @@ def errors_in_one_line():
         sys.exit(130)
     except UserError as error:
         line = str(error)
-    except OSError as error:
+    except OSError as error:  # one of a write has no name
+        file = error.filename or "a file of the run"
         line = (
-            f"{error.filename}: {error.strerror}; finished checkpoints are whole: mend this, "
-            "then go on with --resume"
+            f"{file}: {error.strerror}; finished checkpoints are whole: fix this, then go on with "
+            "--resume"
         )
     except torch.OutOfMemoryError:
         line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
@@ -193,4 +195,4 @@ def errors_in_one_line():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)
-    sys.exit(f"{program_name()}: {line}")
+    sys.exit(f"{Path(sys.argv[0]).name}: {line}")

@@ -40,7 +40,8 @@ class TrainingLog:
 
         losses: summed, one a micro-batch; norm: of the gradient, the same in all processes
         """
-        self.pending.append((step, micro_batches, torch.stack((norm, *losses))))
+        parts = [(micro_batch.objective, micro_batch.n_scored) for micro_batch in micro_batches]
+        self.pending.append((step, parts, torch.stack((norm, *losses))))
         self.steps += 1
         self.steps_since_start += 1
 
@@ -49,22 +50,22 @@ class TrainingLog:
 
         Raises UserError where more of them are not finite than may be skipped.
         """
-        for step, micro_batches, numbers in self.pending:
+        for step, parts, numbers in self.pending:
             self.norm, *losses = numbers.tolist()
             if not math.isfinite(self.norm):
-                self.skip(step, micro_batches, losses)
+                self.skip(step, parts, losses)
                 continue
-            for micro_batch, loss in zip(micro_batches, losses, strict=True):
-                self.loss_sums[micro_batch.objective] += loss
-                self.counts[micro_batch.objective] += micro_batch.n_scored
+            for (objective, n_scored), loss in zip(parts, losses, strict=True):
+                self.loss_sums[objective] += loss
+                self.counts[objective] += n_scored
         self.pending.clear()
 
-    def skip(self, step: int, micro_batches: list, losses: list[float]):
+    def skip(self, step: int, parts: list, losses: list[float]):
         """Count and report a step that the optimizer has passed over, in all processes alike."""
         n_bad = dict.fromkeys(self.objectives, 0)
-        for micro_batch, loss in zip(micro_batches, losses, strict=True):
+        for (objective, _), loss in zip(parts, losses, strict=True):
             if not math.isfinite(loss):
-                n_bad[micro_batch.objective] += 1
+                n_bad[objective] += 1
         text = f"step {step}: gradient norm {self.norm} is not finite"
         totals = self.processes.sum(list(n_bad.values()))
         for objective, total in zip(self.objectives, totals, strict=True):

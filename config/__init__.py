@@ -12,7 +12,6 @@ import re
 import runpy
 import sys
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 
 
@@ -37,6 +36,7 @@ def load(cls: type, args: list[str]):
         print(help_text(cls))
         sys.exit()
 
+    # the last one that sets a name counts
     values = {}
     origin = {}  # name of a setting: the file or flag that set it, in the order they were given
     for source, changes in read_arguments(cls, args):
@@ -45,6 +45,7 @@ def load(cls: type, args: list[str]):
             origin.pop(name, None)
             origin[name] = source
 
+    # check them together; name the file or flag that is to blame
     settings = cls(**values)
     try:
         settings.check()
@@ -70,7 +71,8 @@ def read_arguments(cls: type, args: list[str]):
             if kind is bool and remaining[:1] not in (["true"], ["false"]):
                 text = "true"  # --resume alone
             else:
-                require(len(remaining) > 0, f"{arg}: a value of type {kind.__name__} must follow")
+                follows = len(remaining) > 0 and not remaining[0].startswith("--")
+                require(follows, f"{arg}: a value of type {kind.__name__} must follow")
                 text = remaining.pop(0)
         yield f"--{name}", {name: read_value(kind, text, f"--{name}")}
 
@@ -142,8 +144,3 @@ def help_text(cls: type) -> str:
             name, default, comment = setting.groups(default="")
             lines.append(f"  --{name}={default}".ljust(36) + f" {comment}".rstrip())
     return "\n".join(lines)
-
-
-def program_name() -> str:
-    """The name of the running program, as its error messages begin with it."""
-    return Path(sys.argv[0]).name

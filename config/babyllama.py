@@ -2,7 +2,7 @@
 # (Timiryasov and Tastet 2023), optimizer from the 97M model of its code (timinar/BabyLlama: lr 7e-4
 # and 300 warm-up steps of 2 x 128 rows).
 corpus = "corpora/babylm_16000"
-corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16000"
+corpus_command = "python prepare.py babylm_10M --dev babylm_dev --vocab_size 16000 --out " + corpus
 out_dir = "runs/babyllama"
 
 backbone = "babyllama"

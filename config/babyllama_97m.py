@@ -1,7 +1,7 @@
 # BabyLlama 97M: sizes, tied embedding, lr and batch from timinar/BabyLlama; schedule as AntLM
 # (arXiv 2412.03275).
 corpus = "corpora/babylm_16000"
-corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16000"
+corpus_command = "python prepare.py babylm_10M --dev babylm_dev --vocab_size 16000 --out " + corpus
 out_dir = "runs/babyllama_97m"
 
 backbone = "babyllama"

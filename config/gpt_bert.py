@@ -2,7 +2,7 @@
 # masked next-token prediction, and the share of hidden tokens falls from 0.30 to 0.15. The network
 # is LTG-BERT small, the optimizer that of ltg_bert_small.py.
 corpus = "corpora/babylm_16384"
-corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16384"
+corpus_command = "python prepare.py babylm_10M --dev babylm_dev --vocab_size 16384 --out " + corpus
 out_dir = "runs/gpt_bert"
 
 backbone = "ltg_bert"

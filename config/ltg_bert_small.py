@@ -1,7 +1,7 @@
 # AntLM on LTG-BERT small: sizes and optimizer from LTG-BERT (Samuel et al. 2023; ltgoslo/ltg-bert,
 # babylm/), schedule of AntLM (arXiv 2412.03275) as it is remembered: check it against the paper.
 corpus = "corpora/babylm_16384"
-corpus_from = "babylm_10M --dev babylm_dev --vocab_size 16384"
+corpus_command = "python prepare.py babylm_10M --dev babylm_dev --vocab_size 16384 --out " + corpus
 out_dir = "runs/ltg_bert_small"
 
 backbone = "ltg_bert"

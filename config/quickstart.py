@@ -1,6 +1,6 @@
 # The quick start: causal, masked, causal and both at once on a small English grammar.
 corpus = "corpora/grammar"
-corpus_from = "corpora/grammar_text/train.txt --dev corpora/grammar_text/dev.txt --vocab_size 1024"
+corpus_command = "bash quickstart.sh"
 out_dir = "runs/quickstart"
 
 n_layer = 4
