@@ -56,8 +56,8 @@ def test_hugging_face_llama_has_our_size_and_hides_later_tokens_in_causal_mode_o
     pytest.importorskip("transformers")
     settings = Settings(block_size=8, tied=tied, **SMALL)
     peer = HuggingFaceLlama(settings, 50).eval()
-    ours = Transformer(settings.model_config(50))
-    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in ours.parameters())
+    llama = Transformer(settings.model_config(50))
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in llama.parameters())
 
     tokens = torch.arange(4, 12)[None]
     targets = torch.full_like(tokens, -100)
@@ -71,15 +71,15 @@ def test_hugging_face_llama_has_our_size_and_hides_later_tokens_in_causal_mode_o
 
 @pytest.mark.parametrize("peer", [False, True])
 def test_a_case_answers_with_seconds_and_then_with_memory_and_flops(peer):
-    ours, end = multiprocessing.Pipe()
+    pipe, end = multiprocessing.Pipe()
     settings = Settings(backbone="ltg_bert", block_size=16, **SMALL)
     case = bench.Case("config/ltg_bert.py", settings, "MLM", "off", peer, CPU)
     for steps in (2, 1, 0):
-        ours.send(steps)
+        pipe.send(steps)
     bench.run_case(end, case, rows=4, threads=1)
-    assert ours.recv() > 0
-    assert ours.recv() > 0
-    memory, flops = ours.recv()
+    assert pipe.recv() > 0
+    assert pipe.recv() > 0
+    memory, flops = pipe.recv()
     assert memory > 0
     assert flops > 0
     assert bench.ceiling(case, rows=4) > 0

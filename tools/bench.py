@@ -74,9 +74,8 @@ class Case:
 
 def make_model(case: Case) -> nn.Module:
     settings = case.settings
-    if (
-        case.peer
-    ):  # runs as torch does by itself; what train.py sets up for a process is part of ours
+    # what train.py sets up for a process is part of ours; the peer runs as torch does by itself
+    if case.peer:
         model = PEERS[settings.backbone](settings, VOCAB_SIZE)
     else:
         Processes(case.device.type)
@@ -121,11 +120,11 @@ def run_case(pipe, case: Case, rows: int, threads: int):
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with torch.device("meta"):  # a peer's modules have other names: its FLOPs are counted on ours
-        ours = Transformer(settings.model_config(VOCAB_SIZE))
+        model = Transformer(settings.model_config(VOCAB_SIZE))
     scored = 1.0
     if batch.scored is not None:
         scored = batch.scored.shape[1] / settings.block_size
-    pipe.send((memory, flops_per_token(ours, settings.block_size, scored)))
+    pipe.send((memory, flops_per_token(model, settings.block_size, scored)))
 
 
 def train_step(case: Case, model: nn.Module, optimizers: list, batch: Batch):
