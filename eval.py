@@ -233,7 +233,7 @@ def result_name(args, step: int) -> str:
 
 def score_tasks(items: list[Item], model: Transformer, content: dict, tokenizer: Tokenizer, modes: list[str], args):
     """Score each distinct option once -> results by task: see summarize, and how many texts outgrow a training row."""
-    where = {option: item.where for item in reversed(items) for option in item.options}  # first place of each
+    where = {option: item.source for item in reversed(items) for option in item.options}  # first place of each
     scores, results = {}, {}
     for mode in modes:
         ids, first = encode(list(where), tokenizer, content["boundary"], args.protocol, mode)
