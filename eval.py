@@ -1,328 +1,400 @@
-"""What a trained checkpoint is worth: minimal pairs and multiple choice scored as in BabyLM, and samples.
+"""Score a trained model on the zero-shot tasks of BabyLM: minimal pairs and multiple choice.
 
-    python eval.py runs/babylm --task blimp_filtered                # newest checkpoint of a run, or name a step_*.pt
-    python eval.py runs/babylm --task evaluation_data --limit 50    # all tasks in a folder, 50 items of each file
-    python eval.py runs/babylm --sample "Once upon a time"
+    python eval.py runs/babylm --task blimp_filtered                # newest checkpoint of a run
+    python eval.py runs/babylm --task evaluation_data --limit 50    # all tasks in a folder, a look
 
-A task is a folder of JSON lines, known by their fields: BLiMP and its supplement, EWoK, entity tracking, COMPS.
+A task is a folder of JSON lines, known by their fields: BLiMP and its supplement, EWoK, entity
+tracking, COMPS. The model prefers the option to whose tokens it gives the highest probability.
+There are three ways to ask it, by what it was trained to do:
+
+    causal    each token given those before it
+    masked    each token hidden alone, given all others (pseudo-log-likelihood, Salazar et al. 2020)
+    mntp      as masked, but read one position earlier (masked next-token prediction)
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
 
-from antlm.checkpoint import load_run
+from antlm.checkpoint import LoadedRun, load_run
 from antlm.distributed import find_device
 from antlm.files import Progress
 from antlm.tokenizer import MASK, SPECIAL, START, Tokenizer
-from babylm.results import write_result
+from babylm.results import summarize, write_result
 from babylm.tasks import Item, fingerprint, read_tasks
-from config import UserError
+from config import UserError, require
+from data import OBJECTIVES, find_objectives
 from model import Transformer
-from sample import print_samples
-from schedule import parse
 
-MODES = {"CLM": "causal", "MLM": "masked", "MNTP": "mntp"}  # how to ask a model that was trained with an objective
+# ---------------------------------------------------------------------------------- texts to tokens
 
 
-# ------------------------------------------------------------------------------------------------ reading tasks
+def encode(
+    options: list[tuple[str, int]], tokenizer: Tokenizer, boundary: str, protocol: str, mode: str
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Encode options, each a text and the character where its target starts.
 
-
-# ------------------------------------------------------------------------------------------------------ scoring
-
-
-def encode(options: list[tuple[str, int]], tokenizer: Tokenizer, boundary: str, protocol: str, mode: str):
-    """Ids of every text, and index of its target's first token: the first that ends beyond the target's start.
-
-    protocol "2025": a start token in front. "2024" (the lm_eval fork of that year): a text without a context gets a
-    space in front, too; one with a context has no start token in causal mode.
+    protocol: "2025" puts a start token in front. "2024", after the lm_eval fork of that year, puts
+    a space in front of a text without context, too, and in causal mode no start token in front
+    of a context.
+    Returns the ids of each text and the index of its target's first token, which is the first one
+    that ends beyond the target's start.
     """
-    width = np.array([len(tokenizer.bpe.decode_single_token_bytes(i)) for i in range(tokenizer.vocab_size)])
-    width[START] = 1  # inside a text it stands for a newline
-    ids, first = [], []
+    # how many bytes of the text each token stands for
+    n_bytes = [len(tokenizer.bpe.decode_single_token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    n_bytes[START] = 1  # inside a text it stands for a newline
+    n_bytes = np.array(n_bytes)
+
+    ids = []
+    first = []
     for text, start in options:
-        if protocol == "2024":
-            text, start = (text, len(text[:start].rstrip())) if start else (" " + text, 0)
-        row, at = np.array(tokenizer.encode_text(text, boundary)), 1
-        if start:
-            at += int(np.searchsorted(width[row[1:]].cumsum(), len(text[:start].encode()), "right"))
-        bare = protocol == "2024" and start > 0 and mode == "causal"
-        ids.append(row[1:] if bare else row)
-        first.append(max(1, at - bare))
+        # the two years place the space before a target differently
+        if protocol == "2024" and start == 0:
+            text = " " + text
+        elif protocol == "2024":
+            start = len(text[:start].rstrip())
+
+        # a start token, then the text; a token belongs to the target if it ends within it
+        row = np.array(tokenizer.encode_text(text, boundary))
+        index = 1
+        if start > 0:
+            ends = n_bytes[row[1:]].cumsum()
+            context = len(text[:start].encode())
+            index += int(np.searchsorted(ends, context, side="right"))
+        if protocol == "2024" and start > 0 and mode == "causal":
+            row = row[1:]
+            index = max(1, index - 1)  # nothing predicts the very first token
+        ids.append(row)
+        first.append(index)
     return ids, np.array(first)
 
 
-def hide(ids: np.ndarray, first: np.ndarray, mode: str):
-    """What masked and mntp mode ask of n texts of one length: rows (N, T) to compute, and what to read from them.
-
-    ids (n, T), first (n,) -> rows and, for each read, sorted by row: row, position, target token, text. A row hides one
-    target token; one that several texts share is there once.
-    """
-    # A start token inside a text is never hidden in training, nor here.
-    text, place = np.nonzero((np.arange(ids.shape[1]) >= first[:, None]) & (ids >= len(SPECIAL)))
-    token, rows = ids[text, place], ids[text]
-    rows[np.arange(len(rows)), place] = MASK
-    rows, row = np.unique(rows, axis=0, return_inverse=True)
-    row = row.ravel()
-    by_row = np.argsort(row, kind="stable")
-    return rows, row[by_row], (place - (mode == "mntp"))[by_row], token[by_row], text[by_row]
+# ------------------------------------------------------------------------ three ways to ask a model
 
 
-def share_prefixes(ids: list[np.ndarray], most: int = 8) -> list[tuple[list[int], int]]:
-    """Texts in groups of up to `most`, and how many of their first tokens to compute once for the group.
+class Questions(NamedTuple):
+    """Rows for the model, the positions where its logits are read, and whose probability counts."""
 
-    Groups are neighbours in sorted order, cut where that saves most tokens. What comes after the prefix starts with the
-    last token that all share, so that the prefix predicts only tokens that all share.
-    """
-    rows = [row.tolist() for row in ids]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
-    common = [next((k for k, (a, b) in enumerate(zip(rows[i], rows[j])) if a != b), min(len(rows[i]), len(rows[j])))
-              for i, j in zip(order, order[1:])]
-    saved, cut = [0] * (len(rows) + 1), [0] * (len(rows) + 1)
-    for end in range(1, len(rows) + 1):
-        saved[end], cut[end], shared = saved[end - 1], end - 1, 1 << 60
-        for start in range(end - 2, max(-1, end - 1 - most), -1):
-            shared = min(shared, common[start])
-            gain = saved[start] + (end - start - 1) * (shared - 1)
-            if gain > saved[end]:
-                saved[end], cut[end] = gain, start
-    groups, end = [], len(rows)
-    while end:
-        members = order[cut[end]:end]
-        prefix = min(common[cut[end]:end - 1], default=len(rows[members[0]])) - 1
-        groups.append((members, prefix))
-        end = cut[end]
-    return groups
+    tokens: np.ndarray  # (R, L)
+    positions: np.ndarray  # (R, K)
+    targets: np.ndarray  # (R, K)
+    text: np.ndarray  # (R,) which of the N texts a row asks about
+
+
+def ask_causal(ids: np.ndarray, first: int) -> Questions:
+    """Ask for each token from `first` on given those before it. ids: (N, T)"""
+    N, T = ids.shape
+    positions = np.tile(np.arange(first - 1, T - 1), (N, 1))  # position t predicts token t + 1
+    return Questions(ids[:, :-1], positions, ids[:, first:], np.arange(N))
+
+
+def ask_masked(ids: np.ndarray, first: int) -> Questions:
+    """Ask for each token from `first` on in a row of its own, in which it is hidden. ids: (N, T)"""
+    T = ids.shape[1]
+    # special tokens, such as the start of a line within a text, are never hidden in training
+    hideable = (ids >= len(SPECIAL)) & (np.arange(T) >= first)
+    text, place = np.nonzero(hideable)
+    tokens = ids[text]
+    tokens[np.arange(len(tokens)), place] = MASK
+    return Questions(tokens, place[:, None], ids[text, place][:, None], text)
+
+
+def ask_mntp(ids: np.ndarray, first: int) -> Questions:
+    """Ask as ask_masked does, and read the answer one position earlier."""
+    questions = ask_masked(ids, first)
+    return questions._replace(positions=questions.positions - 1)
+
+
+MODES = {"causal": ask_causal, "masked": ask_masked, "mntp": ask_mntp}  # Objective.mode of data.py
+
+
+# ------------------------------------------------------------------------------------------ scoring
 
 
 @torch.inference_mode()
-def log_probs(model: Transformer, *arrays: np.ndarray, causal: bool, dtype: torch.dtype, cache: list | None = None):
-    """Log-probability in nats of each token at scored[row, slot] of x[row]; the softmax is in float32.
-
-    arrays: x (B, T), scored (B, K), row, slot, token (n,) -> float32 (n,).
-    """
+def log_probs(
+    model: Transformer, questions: Questions, *, causal: bool, dtype: torch.dtype
+) -> np.ndarray:
+    """Return the log-probability in nats of each target, (R, K); the softmax is in float32."""
     device = next(model.parameters()).device
-    x, scored, row, slot, token = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
+    tokens = torch.from_numpy(questions.tokens).to(device)
+    positions = torch.from_numpy(questions.positions).to(device)
+    targets = torch.from_numpy(questions.targets).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logits = model(x, causal=causal, scored=scored, cache=cache)
-    logits = logits.float()  # (B, K, V)
-    return (logits[row, slot, token] - logits.logsumexp(-1)[row, slot]).cpu().numpy()
+        logits = model(tokens, causal=causal, scored=positions)
+    logits = logits.float()  # (R, K, V)
+    target_logits = logits.gather(-1, targets[..., None])[..., 0]
+    return (target_logits - logits.logsumexp(-1)).cpu().numpy()
 
 
-def read_masked(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: str, batch_tokens: int, dtype):
-    """Yield texts and the log-probabilities of one hidden token of each, batch by batch."""
+def same_shape(ids: list[np.ndarray], first: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Group texts of one length and one first target; yield their numbers and that first target.
+
+    Rows of one shape need no padding, and no position passes through the vocabulary head unread.
+    The longest come first, so that what does not fit into memory fails at once.
+    """
     lengths = np.array([len(row) for row in ids])
-    for length in np.unique(lengths)[::-1]:  # longest first: what does not fit into memory fails at once
-        group = np.flatnonzero(lengths == length)
-        rows, row, position, token, text = hide(np.stack([ids[i] for i in group]), first[group], mode)
-        size = max(1, batch_tokens // length)
-        for a in range(0, len(rows), size):
-            reads = slice(*np.searchsorted(row, (a, a + size)))
-            r, scored = row[reads] - a, np.zeros((len(rows[a:a + size]), 1), int)
-            scored[r, 0] = position[reads]
-            yield group[text[reads]], log_probs(model, rows[a:a + size], scored, r, np.zeros_like(r), token[reads],
-                                                causal=False, dtype=dtype)
+    for length in np.unique(lengths)[::-1]:
+        for start in np.unique(first[lengths == length]):
+            yield np.flatnonzero((lengths == length) & (first == start)), int(start)
 
 
-def read_causal(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: str, batch_tokens: int, dtype):
-    """Yield texts and the log-probabilities of one target token of each, batch by batch.
+def score(
+    model: Transformer,
+    ids: list[np.ndarray],
+    first: np.ndarray,
+    mode: str,
+    names: list[str],
+    *,
+    mean: bool = False,
+    batch_tokens: int = 2048,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """Return the log-probability in nats of each text's tokens from `first` on, as float64.
 
-    A prefix that texts share is computed once; rows of one length go together, so nothing is padded.
+    mode: a key of MODES
+    names: of the texts, for errors
+    mean: over the tokens of a text, in place of their sum
+    batch_tokens: of one forward pass, at most
+    dtype: float32, or bfloat16 for autocast
+    Raises UserError that starts with a text's name if it has no token to score or more tokens than
+    the model can take, or if its score is not finite.
     """
-    def read(text: np.ndarray, row: np.ndarray, x: np.ndarray, targets: np.ndarray, start: int, cache: list):
-        """Texts (n,) stand in rows (n,) of x (B, L), which follow `start` cached tokens; targets (B, L)."""
-        which, column = np.nonzero(start + 1 + np.arange(x.shape[1]) >= first[text][:, None])
-        low = column.min(initial=x.shape[1])  # the positions from the batch's first target on
-        scored = np.tile(np.arange(low, x.shape[1]), (len(x), 1))
-        return text[which], log_probs(model, x, scored, row[which], column - low, targets[row[which], column],
-                                      causal=True, dtype=dtype, cache=cache)
+    # refuse what cannot be scored
+    lowest = 0
+    if mode != "causal":
+        lowest = len(SPECIAL)
+    n_targets = np.array(
+        [(row[start:] >= lowest).sum() for row, start in zip(ids, first, strict=True)]
+    )
+    for name, row, n in zip(names, ids, n_targets, strict=True):
+        require(n > 0, f"{name}: a target without a token to score in {mode} mode")
+        if model.max_tokens is not None and len(row) > model.max_tokens:
+            raise UserError(f"{name}: {len(row)} tokens, but the model takes {model.max_tokens}")
 
-    groups, a = sorted(share_prefixes(ids), key=lambda group: (-group[1], len(ids[group[0][-1]]))), 0
-    while a < len(groups):  # the longest prefix first: what does not fit into memory fails at once
-        prefix = groups[a][1]  # at least 1: each text has a token to score and one before it
-        batch = [members for members, p in groups[a:a + max(1, batch_tokens // prefix)] if p == prefix]
-        a, cache = a + len(batch), [[] for _ in model.blocks]
-        text = np.array([i for members in batch for i in members])
-        row = np.repeat(np.arange(len(batch)), [len(members) for members in batch])
-        x = np.stack([ids[members[0]][:prefix + 1] for members in batch])
-        yield read(text, row, x[:, :-1], x[:, 1:], 0, cache)
-        left = np.array([len(ids[i]) for i in text]) - 1 - prefix  # tokens of each text behind the prefix
-        for length in np.unique(left[left > 0]):
-            these, size = np.flatnonzero(left == length), max(1, batch_tokens // length)
-            for part in (these[b:b + size] for b in range(0, len(these), size)):
-                x = np.stack([ids[text[i]][prefix:] for i in part])
-                own = [[y[torch.from_numpy(row[part]).to(y.device)] for y in layer] for layer in cache]
-                yield read(text[part], np.arange(len(part)), x[:, :-1], x[:, 1:], prefix, own)
+    # ask for one shape of text after another
+    total = np.zeros(len(ids))
+    done = 0
+    progress = Progress(f"scoring, {mode}", int(n_targets.sum()))
+    for texts, start in same_shape(ids, first):
+        questions = MODES[mode](np.stack([ids[i] for i in texts]), start)
+        batch_rows = max(1, batch_tokens // questions.tokens.shape[1])
+        for a in range(0, len(questions.tokens), batch_rows):
+            batch = Questions(*(part[a : a + batch_rows] for part in questions))
+            values = log_probs(model, batch, causal=mode == "causal", dtype=dtype)
+            asked = texts[batch.text]
 
+            # a comparison with NaN would choose an option all the same
+            finite = np.isfinite(values).all(axis=1)
+            if not finite.all():
+                name = names[asked[~finite][0]]
+                hint = f"broken weights, or overflow of {dtype}"
+                raise UserError(f"{name}: score in {mode} mode is not finite; {hint}")
 
-def score(model: Transformer, ids: list[np.ndarray], first: np.ndarray, mode: str, names: list[str], *,
-          mean: bool = False, batch_tokens: int = 2048, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """Log-probability in nats of each text's tokens from `first` on, their sum or mean; float64, one a text.
-
-    causal: each token given those before it. masked: each hidden alone, all others visible (Salazar et al. 2020).
-    mntp: as masked, read one position earlier. A batch holds at most batch_tokens tokens. bfloat16: autocast. Raises
-    UserError that starts with the text's name (names, one a text) where no token is to be scored or a score is not
-    finite.
-    """
-    low = 0 if mode == "causal" else len(SPECIAL)
-    count, read = np.array([(row[start:] >= low).sum() for row, start in zip(ids, first)]), 0
-    if not count.all():
-        raise UserError(f"{names[count.argmin()]}: a target without a token to score in {mode} mode")
-    total, progress = np.zeros(len(ids)), Progress(f"scoring, {mode}", count.sum())
-    reader = read_causal if mode == "causal" else read_masked
-    for text, values in reader(model, ids, first, mode, batch_tokens, dtype):
-        if not np.isfinite(values).all():
-            name = names[text[~np.isfinite(values)][0]]
-            raise UserError(f"{name}: score in {mode} mode is not finite; broken weights, or overflow of {dtype}")
-        np.add.at(total, text, values)
-        progress(read := read + len(values))
-    return total / count if mean else total
+            # in masked mode a text has a row for each token
+            np.add.at(total, asked, values.sum(axis=1, dtype=np.float64))
+            done += values.size
+            progress(done)
+    if mean:
+        return total / n_targets
+    return total
 
 
-def summarize(items: list[Item], scores: dict[str, list[list[float]]]) -> dict:
-    """Items, percent correct by mode and ties by mode: of a task, of its groups and of its subsets.
-
-    scores[mode][item][option]. Options that tie for the best score share the point, a half each in a pair. All means
-    are unweighted: a subset's over its items, a group's and the task's over its subsets (BabyLM evaluation pipeline).
-    """
-    def mean(parts: list[dict]) -> dict:
-        return {"items": sum(p["items"] for p in parts),
-                "accuracy": {m: sum(p["accuracy"][m] for p in parts) / len(parts) for m in scores},
-                "ties": {m: sum(p["ties"][m] for p in parts) for m in scores}}
-
-    members, subsets, groups = {}, {}, {}
-    for i, item in enumerate(items):
-        theirs = {m: scores[m][i] for m in scores}
-        share = {m: (s[0] == max(s)) / s.count(max(s)) for m, s in theirs.items()}
-        members.setdefault(item.subset, (item.group, []))[1].append({  # the group that its first item names
-            "items": 1, "accuracy": {m: 100 * share[m] for m in scores},
-            "ties": {m: int(0 < share[m] < 1) for m in scores}, "scores": theirs})
-    for subset, (group, parts) in sorted(members.items(), key=lambda x: (x[1][0], x[0])):
-        subsets[subset] = mean(parts) | {"group": group, "scores": {m: [p["scores"][m] for p in parts] for m in scores}}
-        groups.setdefault(group, []).append(subsets[subset])
-    return mean([*subsets.values()]) | {"groups": {g: mean(parts) for g, parts in groups.items()}, "subsets": subsets}
+# -------------------------------------------------------------------------------------- the program
 
 
 def table(task: str, result: dict, modes: list[str]) -> str:
-    lines = []
-    for group, entry in result["groups"].items():
-        lines += [(group, entry)] if group else []
-        lines += [("  " * bool(group) + s, x) for s, x in result["subsets"].items() if x["group"] == group]
-    lines.append((f"macro average of {len(result['subsets'])}", result))
-    wide = max(len(label) for label, _ in [(task, 0), *lines])
-    head = f"{task:{wide}}  items" + "".join(f"{mode:>8} ties" for mode in modes)
-    lines = [f"{label:{wide}}{x['items']:7}" + "".join(f"{x['accuracy'][m]:8.1f}{x['ties'][m]:5}" for m in modes)
-             for label, x in lines]
-    return "\n".join([head, "-" * len(head), *lines[:-1], "-" * len(head), lines[-1]])
+    """Lay out a task's result: percent correct and ties of each group, subset and mode."""
+    # what stands in which line; a group that is its only subset has one line
+    rows = []
+    for group, group_score in result["groups"].items():
+        subsets = [name for name, score in result["subsets"].items() if score["group"] == group]
+        indent = ""
+        if group and subsets != [group]:
+            rows.append((group, group_score))
+            indent = "  "
+        for subset in subsets:
+            rows.append((indent + subset, result["subsets"][subset]))
+    rows.append((f"macro average of {len(result['subsets'])}", result))
 
-
-# -------------------------------------------------------------------------------------------------- the program
-
-
-def result_name(args, step: int) -> str:
-    """eval_TASK_STEP, and what is not as usual, so that a quick look does not overwrite a full result."""
-    parts = ["eval", Path(args.task).resolve().name.removesuffix(".jsonl"), str(step), *(args.mode or [])]
-    parts += [x for x in (args.protocol, args.dtype) if x not in ("2025", "float32")]
-    return "_".join(parts + [f"limit{args.limit}"] * (args.limit > 0)) + ".json"
-
-
-def score_tasks(items: list[Item], model: Transformer, content: dict, tokenizer: Tokenizer, modes: list[str], args):
-    """Score each distinct option once -> results by task: see summarize, and how many texts outgrow a training row."""
-    where = {option: item.source for item in reversed(items) for option in item.options}  # first place of each
-    scores, results = {}, {}
+    # columns as wide as their widest entry
+    width = max(len(label) for label, _ in [(task, None), *rows])
+    head = f"{task:{width}}  items"
     for mode in modes:
-        ids, first = encode(list(where), tokenizer, content["boundary"], args.protocol, mode)
-        values = score(model, ids, first, mode, list(where.values()), mean=args.protocol == "2024" and mode != "causal",
-                       batch_tokens=args.batch_tokens, dtype=getattr(torch, args.dtype))
-        scores[mode] = dict(zip(where, values.tolist()))
-    long = {option for option, row in zip(where, ids) if len(row) > content["settings"]["block_size"]}
+        head += f"{mode:>8} ties"
+    lines = []
+    for label, score in rows:
+        line = f"{label:{width}}{score['items']:7}"
+        for mode in modes:
+            line += f"{score['accuracy'][mode]:8.1f}{score['ties'][mode]:5}"
+        lines.append(line)
+    rule = "-" * len(head)
+    return "\n".join([head, rule, *lines[:-1], rule, lines[-1]])
+
+
+def result_name(args: argparse.Namespace, step: int) -> str:
+    """Name a result after task and step, and after each setting that is not the usual one.
+
+    A quick look then never overwrites a full result.
+    """
+    parts = ["eval", Path(args.task).resolve().name.removesuffix(".jsonl"), str(step)]
+    parts += args.mode or []
+    if args.protocol != "2025":
+        parts.append(args.protocol)
+    if args.dtype != "float32":
+        parts.append(args.dtype)
+    if args.limit > 0:
+        parts.append(f"limit{args.limit}")
+    return "_".join(parts) + ".json"
+
+
+def score_tasks(
+    items: list[Item], run: LoadedRun, modes: list[str], batch_tokens: int, args: argparse.Namespace
+) -> dict[str, dict]:
+    """Score each distinct option once, and summarize by task."""
+    # where each option stands first, for errors
+    source_of = {}
+    for item in items:
+        for option in item.options:
+            source_of.setdefault(option, item.source)
+    options = list(source_of)
+
+    scores_of = {}  # mode: option: score
+    for mode in modes:
+        ids, first = encode(options, run.tokenizer, run.boundary, args.protocol, mode)
+        scores = score(
+            run.model,
+            ids,
+            first,
+            mode,
+            names=list(source_of.values()),
+            mean=args.protocol == "2024" and mode != "causal",
+            batch_tokens=batch_tokens,
+            dtype=getattr(torch, args.dtype),
+        )
+        scores_of[mode] = dict(zip(options, scores.tolist(), strict=True))
+        n_tokens = dict(zip(options, map(len, ids), strict=True))
+
+    # hand the scores back to the items
+    results = {}
     for task in dict.fromkeys(item.task for item in items):
-        its = [item for item in items if item.task == task]
-        by_mode = {mode: [[scores[mode][option] for option in item.options] for item in its] for mode in modes}
-        results[task] = {"kind": its[0].kind, "options_sha256": fingerprint(its),
-                         "longer_than_training_rows": sum(option in long for item in its for option in item.options),
-                         **summarize(its, by_mode)}
+        task_items = [item for item in items if item.task == task]
+        n_long = 0
+        scores = {mode: [] for mode in modes}
+        for item in task_items:
+            n_long += sum(n_tokens[option] > run.block_size for option in item.options)
+            for mode in modes:
+                scores[mode].append([scores_of[mode][option] for option in item.options])
+        results[task] = {
+            "kind": task_items[0].kind,
+            "options_sha256": fingerprint(task_items),
+            "longer_than_training_rows": n_long,
+            **summarize(task_items, scores),
+        }
     return results
 
 
-def evaluate(args):
-    """Do what the command line asks for; raises UserError, UserError, UserError and OSError."""
-    for name, low in dict(limit=0, batch_tokens=0, n=1, tokens=1, top_k=0).items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {low}")
-    if args.temperature and not 0.01 <= args.temperature <= 100:
-        raise UserError(f"--temperature {args.temperature}: must be 0 or lie between 0.01 and 100")
-    if not args.task and args.sample is None:
-        raise UserError("nothing to do; give --task PATH or --sample TEXT")
-    items = read_tasks(args.task, args.limit, args.protocol) if args.task else []
-    device = str(find_device(args.device))
+def evaluate(args: argparse.Namespace):
+    """Score what the command line asks for, write the result file and print the tables."""
+    require(args.limit >= 0, f"--limit {args.limit}: must be at least 0")
+    require(args.batch_tokens >= 0, f"--batch_tokens {args.batch_tokens}: must be at least 0")
+
+    # read the tasks before the model, which takes longer
+    items = read_tasks(args.task, args.limit, args.protocol)
+    device = find_device(args.device)
     run = load_run(args.run, device)
-    path, content, model, tokenizer = run.path, run.content, run.model, run.tokenizer
-    schedule, block_size = content["settings"]["schedule"], content["settings"]["block_size"]
-    trained = {MODES[name] for phase in parse(schedule) for name, _ in phase.mix}
-    print(f"{path}: step {content['step']} of {schedule}, {model.config.backbone}; {args.dtype} on {device}"
-          + " (auto: the best that torch finds)" * (args.device == "auto"), flush=True)
-    if args.sample is not None:
-        print_samples(model, content, tokenizer, args)
-        if "causal" not in trained:
-            print("note: this model never learnt to predict the next token, its samples mean little")
-    if not items:
-        return
-    modes = list(dict.fromkeys(args.mode or [mode for mode in MODES.values() if mode in trained]))
-    out = Path(args.out or path.parent / result_name(args, content["step"]))
-    if not out.parent.is_dir() or out.is_dir():
-        raise UserError(f"{out}: cannot be written; --out is a file in a folder that exists")
-    began, args.batch_tokens = time.time(), args.batch_tokens or (2048 if device == "cpu" else 16384)
-    results = score_tasks(items, model, content, tokenizer, modes, args)
-    for task, result in results.items():
-        print(f"\n{table(task, result, modes)}")
-        if longer := result["longer_than_training_rows"]:
-            print(f"{longer} options are longer than the {block_size} tokens of a training row; scored whole")
-    print(f"\npercent correct, ties share the point, protocol {args.protocol}"
-          + f"; PARTIAL: only the first {args.limit} items of each file" * (args.limit > 0))
-    whole = {"checkpoint": str(path), "step": content["step"], "schedule": schedule, "config": content["config"],
-             "tokenizer_sha256": tokenizer.sha256, "task": args.task, "protocol": args.protocol, "modes": modes,
-             "limit": args.limit, "partial": args.limit > 0, "device": device, "dtype": args.dtype,
-             "batch_tokens": args.batch_tokens, "seconds": round(time.time() - began, 1),
-             "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, np, tiktoken)},
-             "macro": {task: result["accuracy"] for task, result in results.items()}, "tasks": results}
-    write_result(out, whole)
+    backbone = run.model.config.backbone
+    print(f"{run.path}: step {run.step} of {run.schedule}, {backbone}; {args.dtype} on {device}")
+
+    # ask in the ways that the model has learnt
+    objectives = find_objectives(run.schedule, run.path)
+    learnt = {OBJECTIVES[name].mode for name in objectives}
+    modes = args.mode or [mode for mode in MODES if mode in learnt]
+    modes = list(dict.fromkeys(modes))
+
+    # find out now what cannot work later
+    out = Path(args.out or run.path.parent / result_name(args, run.step))
+    ok = out.parent.is_dir() and not out.is_dir()
+    require(ok, f"{out}: cannot be written; --out is a file in a folder that exists")
+    batch_tokens = args.batch_tokens
+    if batch_tokens == 0:
+        batch_tokens = 2048 if device.type == "cpu" else 16384
+
+    # score, and keep all on disk before anything is printed
+    began = time.time()
+    results = score_tasks(items, run, modes, batch_tokens, args)
+    result = {
+        "checkpoint": str(run.path),
+        "step": run.step,
+        "schedule": run.schedule,
+        "config": run.content["config"],
+        "tokenizer_sha256": run.tokenizer.sha256,
+        "task": args.task,
+        "protocol": args.protocol,
+        "modes": modes,
+        "limit": args.limit,
+        "partial": args.limit > 0,
+        "device": device.type,
+        "dtype": args.dtype,
+        "batch_tokens": batch_tokens,
+        "seconds": round(time.time() - began, 1),
+        "torch": torch.__version__,
+        "macro": {task: entry["accuracy"] for task, entry in results.items()},
+        "tasks": results,
+    }
+    write_result(out, result)
+    print_tables(result, run.block_size)
     print(f"every option's score: {out}")
 
 
+def print_tables(result: dict, block_size: int):
+    for task, entry in result["tasks"].items():
+        print(f"\n{table(task, entry, result['modes'])}")
+        if entry["longer_than_training_rows"]:
+            n_long = entry["longer_than_training_rows"]
+            print(f"{n_long} options are longer than the {block_size} tokens of a training row")
+    note = f"percent correct, ties share the point, protocol {result['protocol']}"
+    if result["partial"]:
+        note += f"; PARTIAL: only the first {result['limit']} items of each file"
+    print(f"\n{note}")
+
+
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"eval.py: {message}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("run", help="run folder, or a checkpoint with tokenizer.json beside it")
-    add("--task", help="file of JSON lines, folder of them, or folder of such folders")
-    add("--mode", nargs="+", choices=MODES.values(), help="default: one for each objective the model was trained with")
-    add("--protocol", default="2025", choices=("2025", "2024"), help="year of the BabyLM evaluation pipeline")
-    add("--limit", type=int, default=0, help="only so many items of each file, from its start; 0: all")
+    add("--task", required=True, help="file of JSON lines, folder of them, or of such folders")
+    add("--mode", nargs="+", choices=MODES, help="default: those that the model was trained for")
+    add("--protocol", default="2025", choices=("2025", "2024"), help="default: %(default)s")
+    add("--limit", type=int, default=0, help="items of each file, 0: all; default: %(default)s")
     add("--out", help="result file; default: eval_TASK_STEP.json beside the checkpoint")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast")
-    add("--batch_tokens", type=int, default=0, help="tokens a batch; 0: 2048 on a CPU, 16384 elsewhere")
-    add("--sample", metavar="TEXT", help="continue this text, which may be empty, in causal mode")
-    add("--n", type=int, default=5, help="samples")
-    add("--tokens", type=int, default=40, help="tokens of a sample, at most")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=int, default=50, help="choose among so many likeliest tokens; 0: all")
-    add("--seed", type=int, default=1)
+    add(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="default: %(default)s",
+    )
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
+    add("--batch_tokens", type=int, default=0, help="0: 2048 on a CPU, else 16384; default: 0")
     try:
         evaluate(parser.parse_args(argv))
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+    except RuntimeError as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):
             raise
-        sys.exit("eval.py: the memory is full; choose a smaller --batch_tokens, or a task of shorter texts")
-    except (UserError, OSError) as e:
-        sys.exit(f"eval.py: {e}")
+        raise UserError("the memory is full; choose a smaller --batch_tokens") from None
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"eval.py: {error}")
