@@ -1,7 +1,4 @@
-"""From a text to a trained model in five calls; a place to begin reading.
-
-Alone: python -m pytest tests/test_smoke.py
-"""
+"""From a text to a trained model in five steps; a place to begin reading."""
 
 import json
 
