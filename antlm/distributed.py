@@ -192,5 +192,5 @@ def errors_in_one_line():
     # torchrun ends all processes once one has failed: the first on each node is to say why
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)
     sys.exit(f"{program_name()}: {line}")
