@@ -194,5 +194,5 @@ def errors_in_one_line():
     # torchrun ends all processes once one has failed: the first on each node is to say why
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)
     sys.exit(f"{Path(sys.argv[0]).name}: {line}")
