@@ -63,7 +63,7 @@ class Corpus:
     def compare(self, file: str, value, stated):
         require(
             value == stated,
-            f"{self.folder / file}: not the file that meta.json describes; prepare the corpus again",
+            f"{self.folder / file}: not the one that meta.json describes; prepare the corpus again",
         )
 
 

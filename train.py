@@ -214,7 +214,7 @@ def evaluate(model: Transformer, dev: Batches, s: Settings, processes, autocast)
 
     On the same rows each time, by the uncompiled model, whose shapes may vary.
     """
-    # the objectives of the run, and CLM and MLM always: a phase of one shows what it costs the other
+    # those of the run, and CLM and MLM always: a phase of one shows what it costs the other
     names = {"CLM", "MLM", *find_objectives(s.schedule)}
     objectives = [name for name in OBJECTIVES if name in names]
     model.eval()

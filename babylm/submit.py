@@ -290,10 +290,10 @@ def main(argv: list[str] | None = None):
     glue_file = args.run / f"glue_{step}.json"
     tasks = glue(glue_file, results.get(glue_file, {"tasks": {}})["tasks"], args.year)
     zero_shot_results = {file: result for file, result in results.items() if "modes" in result}
-    found = find_parts(zero_shot_results, args.mode, args.year)
+    scored = find_parts(zero_shot_results, args.mode, args.year)
 
     # what is missing
-    missing = [part for part in year.parts if part not in found]
+    missing = [part for part in year.parts if part not in scored]
     missing += [f"glue {task}" for task in year.glue if task not in tasks]
     if missing and not args.incomplete:
         raise UserError(
@@ -306,9 +306,9 @@ def main(argv: list[str] | None = None):
     parts = {}
     n_ties = 0
     for part in year.parts:
-        if part in found:
-            items = read_once(found[part].source)
-            parts[part], ties = zero_shot(part, found[part], items, args.mode, args.year)
+        if part in scored:
+            items = read_once(scored[part].source)
+            parts[part], ties = zero_shot(part, scored[part], items, args.mode, args.year)
             n_ties += ties
 
     write_files(year.files(args.out, name, args.mode, parts, tasks))

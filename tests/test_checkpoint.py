@@ -156,8 +156,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(path):
     newest = path.with_name("step_0000002.pt")
     newest.write_bytes(path.read_bytes()[:-1])
     warnings = []
-    found, content = load_newest(path.parent, warnings.append)
-    assert found == path
+    newest_whole, content = load_newest(path.parent, warnings.append)
+    assert newest_whole == path
     assert content["step"] == 1
     assert len(warnings) == 1
     assert warnings[0].startswith(f"skipped {newest}: ")

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +240,7 @@ def test_micro_batches_hold_every_row_once(text, batch_rows, micro_rows, world):
     }
     start = 0
     for objective, n_rows in phase.split_rows(batch_rows).items():
-        parts = [part for parts in by_process for part in parts if part.objective == objective]
+        parts = [part for part in chain(*by_process) if part.objective == objective]
         assert sorted(part.index for part in parts) == list(range(len(parts)))
         assert len({part.batch.tokens.shape for part in parts}) == 1
         assert len(parts[0].batch.tokens) <= micro_rows

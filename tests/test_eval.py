@@ -1,5 +1,6 @@
 """Scores against a plain reference, task files, results: python -m pytest tests/test_eval.py"""
 
+import itertools
 import json
 import os
 import re
@@ -44,8 +45,10 @@ CHOICES = [
     ("Sch", ("öne Grüße", "ö")),
     ("Line one.\nThe dog", (" sees them.\nThe cats", " sleep")),
 ]
-SENTENCES = [(sentence, 0) for pair in PAIRS for sentence in pair]
-COMPLETIONS = [(context + end, len(context)) for context, ends in CHOICES for end in ends]
+SENTENCES = [(sentence, 0) for sentence in itertools.chain(*PAIRS)]
+COMPLETIONS = []
+for context, ends in CHOICES:
+    COMPLETIONS += [(context + end, len(context)) for end in ends]
 OPTIONS = SENTENCES + COMPLETIONS
 
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -250,7 +253,9 @@ def test_targets_start_where_hugging_face_offsets_say(folder, tokenizer):
     """The 2025 pipeline scores the tokens whose end, in characters, lies beyond the context."""
     tokenizers = pytest.importorskip("tokenizers")
     hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    options = [(text, start) for text, _ in OPTIONS for start in range(1, len(text))]
+    options = []
+    for text, _ in OPTIONS:
+        options += [(text, start) for start in range(1, len(text))]
     ids, first = evaluation.encode(options, tokenizer, "none", "2025", "causal")
     for (text, start), row, index in zip(options, ids, first, strict=True):
         encoded = hf.encode(text)

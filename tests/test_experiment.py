@@ -110,9 +110,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(study):
     first = (study / "first.log").read_text()
     last_step = int(first.rpartition("\nstep ")[2].partition("/")[0])
     assert "stopped" in first
-    whole = (study / "out" / "antlm_1.log").read_text()
-    assert f"\nstep {last_step + 1}/" in whole[len(first) :]
-    assert "\nstep 1/" not in whole[len(first) :]
+    log = (study / "out" / "antlm_1.log").read_text()
+    assert f"\nstep {last_step + 1}/" in log[len(first) :]
+    assert "\nstep 1/" not in log[len(first) :]
 
 
 @pytest.mark.slow

@@ -169,10 +169,12 @@ def test_a_foreign_llama_keeps_its_ids_and_logits(tmp_path, capsys, kind):
     assert run.content["imported_from"] == "foreign"
 
     # our id for each of theirs
-    ours = json.loads((tmp_path / "run" / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    vocabulary = json.loads((tmp_path / "run" / "tokenizer.json").read_text("utf-8"))["model"][
+        "vocab"
+    ]
     special = {"<s>": "[BEGIN]", "</s>": "[FINISH]", "<pad>": "[FILL]"}
     translate = torch.full((len(vocab),), -1)
-    for token, number in ours.items():
+    for token, number in vocabulary.items():
         token = special.get(token, token)
         if token in vocab:
             translate[vocab[token]] = number

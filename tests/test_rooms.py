@@ -1,4 +1,4 @@
-"""The house: imports run down only, and the text keeps to the taste rules that a machine can see."""
+"""Imports run down only, and the text keeps to the taste rules that a machine can see."""
 
 import ast
 import subprocess
@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(
-    path.relative_to(ROOT)
-    for pattern in (
-        "*.py",
-        "antlm/*.py",
-        "babylm/*.py",
-        "tools/*.py",
-        "tests/*.py",
-        "config/**/*.py",
-    )
-    for path in ROOT.glob(pattern)
-)
+FOLDERS = ("*.py", "antlm/*.py", "babylm/*.py", "tools/*.py", "tests/*.py", "config/**/*.py")
+FILES = []
+for folder in FOLDERS:
+    FILES += sorted(path.relative_to(ROOT) for path in ROOT.glob(folder))
 PROGRAMS = {"train", "eval", "finetune", "sample", "prepare"}
 
 # What each file of ours may import of ours. tools/ and tests/ may import anything.

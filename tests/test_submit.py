@@ -205,10 +205,10 @@ def test_items_that_have_changed_since_are_refused(run, tmp_path):
 
 def test_a_smaller_set_does_not_stand_for_the_whole(run, tmp_path):
     """The challenge's fast_eval, for one, which is newer here and passed over."""
-    whole = read_result(run / "eval_ewok_filtered_10_2025.json")
-    few = read_tasks(whole["task"])[:4]
+    full = read_result(run / "eval_ewok_filtered_10_2025.json")
+    few = read_tasks(full["task"])[:4]
     result = score(few, [[-1.0, -2.0]] * 4)
-    write_result(run / "eval_fast_10.json", whole | {"tasks": {"ewok_fast": result}})
+    write_result(run / "eval_fast_10.json", full | {"tasks": {"ewok_fast": result}})
     call(run, "--year=2025", "--mode=causal", "--out", tmp_path / "s")
 
     (run / "eval_ewok_filtered_10_2025.json").unlink()

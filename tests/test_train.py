@@ -127,30 +127,32 @@ def plain_learning_rate(step: int, n_steps: int, n_warmup: int) -> float:
     return 1e-2 * (0.25 + 0.75 * (1 - done))
 
 
+STEP_BY_STEP = [
+    *TINY,
+    "--schedule=1_1CLM:3MLM+1_MNTP",
+    "--batch_rows=72",
+    "--micro_rows=13",
+    "--seed=4",
+    "--lr=1e-2",
+    "--lr_min_ratio=0.25",
+    "--warmup=0.3",
+    "--lr_decay=linear",
+    "--mask_start=0.4",
+    "--mask_end=0.2",
+    "--eval_mask_rate=0.25",
+    "--clip=1.5",
+    "--save_every=1",
+    "--keep=99",
+    "--out_dir={tmp_path}",
+]
+
+
 def test_every_step_is_what_its_number_says(corpus, tmp_path):
     """Compare losses, gradients, clipping, rates and dev losses of all steps with plain formulas.
 
     Each step begins at the weights and moments that the step before has saved.
     """
-    train_here(
-        *TINY,
-        "--schedule=1_1CLM:3MLM+1_MNTP",
-        "--batch_rows=72",
-        "--micro_rows=13",
-        "--seed=4",
-        "--lr=1e-2",
-        "--lr_min_ratio=0.25",
-        "--warmup=0.3",
-        "--lr_decay=linear",
-        "--mask_start=0.4",
-        "--mask_end=0.2",
-        "--eval_mask_rate=0.25",
-        "--clip=1.5",
-        "--save_every=1",
-        "--keep=99",
-        f"--corpus={corpus}",
-        f"--out_dir={tmp_path}",
-    )
+    train_here(*STEP_BY_STEP, f"--corpus={corpus}", f"--out_dir={tmp_path}")
     text = Corpus(corpus)
     batches = Batches(text.train, text.vocab_size, 16, 72, 4, max_mask_rate=0.4)
     steps = [entry for entry in read_metrics(tmp_path) if "loss" in entry]

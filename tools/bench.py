@@ -294,7 +294,10 @@ def our_scores(model: Transformer, texts: list[np.ndarray], mode: str):
 def bench_scoring(args, device: torch.device):
     """Print how many minimal pairs a second eval.py scores, and how many the plain way does."""
     items = read_tasks(args.scoring, args.limit)
-    strings = sorted({text for item in items for text, _ in item.options})
+    strings = set()
+    for item in items:
+        strings.update(text for text, _ in item.options)
+    strings = sorted(strings)
     for path in args.configs:
         settings = load_settings(path, args.set)
         tokenizer = Tokenizer(Path(settings.corpus) / "tokenizer.json")

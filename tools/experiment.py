@@ -503,8 +503,8 @@ def main(argv: list[str]) -> int:
         # what cannot be read is said before the training, not after it
         for task in spec.tasks:
             read_tasks(task, spec.limit)
-        found = not spec.glue or Path(spec.glue_data).is_dir()
-        require(found, f"{spec.glue_data}: is not a folder; --glue_data names that of GLUE")
+        is_there = not spec.glue or Path(spec.glue_data).is_dir()
+        require(is_there, f"{spec.glue_data}: is not a folder; --glue_data names that of GLUE")
         Path(spec.out).mkdir(parents=True, exist_ok=True)
         with open(Path(spec.out, "lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # calls that start together make one corpus

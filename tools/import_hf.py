@@ -244,8 +244,8 @@ def translate_tokenizer(folder: Path, vocab_size: int, boundary: str | None):
         special["<s>"], vocab[newline] = vocab[newline], special["<s>"]
 
     # the folder's id for each of our tokens
-    ours = tokenizer_json(merges)
-    tokens = list(ours["model"]["vocab"])
+    renumbered = tokenizer_json(merges)
+    tokens = list(renumbered["model"]["vocab"])
     old_ids = [special.get(token) if token in SPECIAL else vocab.get(token) for token in tokens]
     n_fixed = len(SPECIAL) + 256
     known = {number for number in old_ids if number is not None}
@@ -263,7 +263,7 @@ def translate_tokenizer(folder: Path, vocab_size: int, boundary: str | None):
     if absent:
         print(f"note: the folder has no {', '.join(absent)}; added with the mean of all rows")
     rest = sorted(set(range(vocab_size)) - known)
-    return ours, old_ids + rest, boundary or likely_boundary
+    return renumbered, old_ids + rest, boundary or likely_boundary
 
 
 def reorder_rows(rows: Tensor, old_ids: list) -> Tensor:

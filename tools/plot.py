@@ -219,7 +219,9 @@ def draw_training(runs: list[Training]):
     # which colour is which objective
     from matplotlib.lines import Line2D
 
-    shown = {name for run in runs for name in run.objectives()}
+    shown = set()
+    for run in runs:
+        shown.update(run.objectives())
     lines = [Line2D([], [], color=colours[name], label=name) for name in colours if name in shown]
     lines.append(Line2D([], [], color="black", linewidth=1.6, label="on dev text"))
     lines.append(Line2D([], [], color="black", linewidth=0.8, alpha=0.45, label="on training text"))
