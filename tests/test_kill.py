@@ -263,7 +263,7 @@ def test_a_folder_that_vanishes_ends_the_run(corpus, tmp_path):
     assert "No such file" in message
 
 
-# ----------------------------------------------------------------------------- signals, second run
+# ------------------------------------------------------------------------ signals and second runs
 
 
 @pytest.mark.slow
