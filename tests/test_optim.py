@@ -103,7 +103,7 @@ def test_the_trust_ratio_of_a_zero_weight_or_update_is_one():
 @each_optimizer
 def test_embeddings_biases_and_norms_do_not_decay(optimizer):
     model = small_model()
-    settings = train.Settings(optimizer=optimizer)
+    settings = train.Settings(optimizer=optimizer, weight_decay=0.3)
     decay = {}
     for part in make_optimizers(model, settings, CPU):
         for group in part.param_groups:
