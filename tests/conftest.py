@@ -17,6 +17,18 @@ import train
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--n_ff=48",
+    "--block_size=16",
+    "--batch_rows=24",
+    "--lr=3e-3",
+    "--log_every=1",
+    "--eval_rows=16",
+    "--precision=float32",  # in bfloat16 the order of additions shows
+]
 
 
 @pytest.fixture(scope="session")

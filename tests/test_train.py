@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
+    TINY,
     error_line,
     finish,
     read_losses,
@@ -42,18 +43,6 @@ from config import UserError
 from data import OBJECTIVES, Batches, Corpus, dropout_seed
 from model import BACKBONES, ModelConfig, Transformer
 
-TINY = [
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_embd=32",
-    "--n_ff=48",
-    "--block_size=16",
-    "--batch_rows=24",
-    "--lr=3e-3",
-    "--log_every=1",
-    "--eval_rows=16",
-    "--precision=float32",  # in bfloat16 the order of additions shows
-]
 TWO_PROCESSES = ("--standalone", "--nproc_per_node=2")
 
 
