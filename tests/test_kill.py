@@ -259,7 +259,7 @@ def test_a_folder_that_vanishes_ends_the_run(corpus, tmp_path):
     assert "No such file" in message
 
 
-# ------------------------------------------------------------------------------ signals, second runs
+# ----------------------------------------------------------------------------- signals, second runs
 
 
 @pytest.mark.slow
