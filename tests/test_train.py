@@ -469,7 +469,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_remembered(short_run,
     args = [*short_run, "--lr=1e30", "--clip=0", "--warmup=0", "--micro_rows=10"]
     args += ["--save_every=1", "--keep=9"]
     message = refusal(*args)
-    assert "step 2: gradient norm nan is not finite, nor the CLM loss of 3 micro-batch" in message
+    assert "step 2: gradient norm nan is not finite" in message
     assert "--skip_nonfinite" in message
     assert [load_checkpoint(path)["step"] for path in checkpoints(run)] == [1]
     first = load_checkpoint(checkpoints(run)[0])
