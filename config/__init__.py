@@ -134,13 +134,24 @@ def setting_type(cls: type, name: str, source: str) -> type:
 
 def help_text(cls: type) -> str:
     """The docstring of the program, then every setting with its default and its comment."""
+    defaults = cls()
     lines = [inspect.getmodule(cls).__doc__ or "", "settings, each as --name=value or in a file:"]
     for line in inspect.getsource(cls).splitlines():
-        setting = re.match(r"    (\w+): \w+ = (.+?)(?:  # (.*))?$", line)
+        setting = re.match(r"    (\w+): \w+ = .+?(?:  # (.*))?$", line)
         heading = re.match(r"    # (.*)", line)
         if heading:
             lines.append(f"\n{heading[1]}")
         if setting:
-            name, default, comment = setting.groups(default="")
+            name, comment = setting.groups(default="")
+            default = flag_text(getattr(defaults, name))
             lines.append(f"  --{name}={default}".ljust(36) + f" {comment}".rstrip())
     return "\n".join(lines)
+
+
+def flag_text(value) -> str:
+    """A value as one would type it after a flag."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

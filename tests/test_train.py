@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
+    TINY,
     error_line,
     finish,
     read_losses,
@@ -42,18 +43,6 @@ from config import UserError
 from data import OBJECTIVES, Batches, Corpus, dropout_seed
 from model import BACKBONES, ModelConfig, Transformer
 
-TINY = [
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_embd=32",
-    "--n_ff=48",
-    "--block_size=16",
-    "--batch_rows=24",
-    "--lr=3e-3",
-    "--log_every=1",
-    "--eval_rows=16",
-    "--precision=float32",  # in bfloat16 the order of additions shows
-]
 TWO_PROCESSES = ("--standalone", "--nproc_per_node=2")
 
 
@@ -482,7 +471,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_remembered(short_run,
     args = [*short_run, "--lr=1e30", "--clip=0", "--warmup=0", "--micro_rows=10"]
     args += ["--save_every=1", "--keep=9"]
     message = refusal(*args)
-    assert "step 2: gradient norm nan is not finite, nor the CLM loss of 3 micro-batch" in message
+    assert "step 2: gradient norm nan is not finite" in message
     assert "--skip_nonfinite" in message
     assert [load_checkpoint(path)["step"] for path in checkpoints(run)] == [1]
     first = load_checkpoint(checkpoints(run)[0])
