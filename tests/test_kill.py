@@ -165,16 +165,16 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(corpus, tmp_path):
     process.kill()
     process.communicate()
 
-    damaged, *others = checkpoints(tmp_path)
+    damaged, *whole = checkpoints(tmp_path)
     assert damaged == newest
-    assert len(others) >= 2
-    assert before in others
-    assert all(load_checkpoint(path) for path in others)
+    assert len(whole) >= 2
+    assert before in whole
+    assert all(load_checkpoint(path) for path in whole)
     train_here(*args, "--resume")
     assert step_of(newest) == int(newest.stem.removeprefix("step_"))
 
 
-# -------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------- disk
 
 
 def fill(folder: Path):
@@ -259,11 +259,7 @@ def test_a_folder_that_vanishes_ends_the_run(corpus, tmp_path):
     assert "No such file" in message
 
 
-<<<<<<< HEAD
-# ------------------------------------------------------------------------ signals and second runs
-=======
 # ----------------------------------------------------------------------------- signals, second runs
->>>>>>> wt-t2
 
 
 @pytest.mark.slow
