@@ -165,11 +165,11 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(corpus, tmp_path):
     process.kill()
     process.communicate()
 
-    damaged, *whole = checkpoints(tmp_path)
+    damaged, *others = checkpoints(tmp_path)
     assert damaged == newest
-    assert len(whole) >= 2
-    assert before in whole
-    assert all(load_checkpoint(path) for path in whole)
+    assert len(others) >= 2
+    assert before in others
+    assert all(load_checkpoint(path) for path in others)
     train_here(*args, "--resume")
     assert step_of(newest) == int(newest.stem.removeprefix("step_"))
 
