@@ -180,7 +180,7 @@ def restore(content: dict, path: Path, model: Transformer, optimizers: list) -> 
             optimizer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this train.py ({one_line(error)})") from None
-    return content["step"], content["skipped"]
+    return content["step"], content.get("skipped", 0)
 
 
 class RunFolder:
