@@ -194,6 +194,7 @@ def clm(rows: Rows, hiding: Hiding) -> Batch:
 
 def mlm(rows: Rows, hiding: Hiding) -> Batch:
     """Masked language modelling: predict each hidden token where it stood (BERT, section 3.1)."""
+    # a target stands where its token stood
     tokens, position, original, hidden = hide_tokens(rows, hiding)
     return Batch(tokens, place_targets(rows, position, original, hidden), scored=position)
 
@@ -241,6 +242,7 @@ def find_objectives(schedule: str, path: Path | None = None) -> list[str]:
     path: the checkpoint that the schedule comes from
     Raises UserError where OBJECTIVES lacks one.
     """
+    # in the order of the schedule, each once
     names = []
     for phase in parse(schedule):
         names += phase.objectives
@@ -403,6 +405,7 @@ class Batches:
         rows in the step, floor(N * mask_rate * T) tokens are hidden whatever the text, unless a
         row has too few that are not special.
         """
+        # which rows, then what is asked of them
         hiding = Hiding(mask_rate, self.mask_span, self.slots(objective), self.vocab_size)
         return OBJECTIVES[objective].build(self.rows(epoch, step, place), hiding)
 
@@ -425,6 +428,7 @@ class Batches:
         # the parts of all processes: objective, index, places of their rows
         parts = []
         start = 0
+        # the objectives' rows follow one another in the step
         for objective, n_rows in phase.split_rows(self.batch_rows).items():
             n_parts = math.ceil(n_rows / (micro_rows * world)) * world
             size = math.ceil(n_rows / n_parts)

@@ -70,6 +70,7 @@ def encode(
         if protocol == "2024" and start > 0 and mode == "causal":
             row = row[1:]
             index = max(1, index - 1)  # nothing predicts the very first token
+        # texts of their own length each; same_shape sorts them later
         ids.append(row)
         first.append(index)
     return ids, np.array(first)
@@ -90,7 +91,8 @@ class Questions(NamedTuple):
 def ask_causal(ids: np.ndarray, first: int) -> Questions:
     """Ask for each token from `first` on given those before it. ids: (N, T)"""
     N, T = ids.shape
-    positions = np.tile(np.arange(first - 1, T - 1), (N, 1))  # position t predicts token t + 1
+    # position t predicts token t + 1, and the last token predicts nothing that is asked
+    positions = np.tile(np.arange(first - 1, T - 1), (N, 1))
     return Questions(ids[:, :-1], positions, ids[:, first:], np.arange(N))
 
 
@@ -99,6 +101,7 @@ def ask_masked(ids: np.ndarray, first: int) -> Questions:
     T = ids.shape[1]
     # special tokens, such as the start of a line within a text, are never hidden in training
     hideable = (ids >= len(SPECIAL)) & (np.arange(T) >= first)
+    # one row for each token that is asked for: hiding several at once would ask another question
     text, place = np.nonzero(hideable)
     tokens = ids[text]
     tokens[np.arange(len(tokens)), place] = MASK
@@ -107,11 +110,13 @@ def ask_masked(ids: np.ndarray, first: int) -> Questions:
 
 def ask_mntp(ids: np.ndarray, first: int) -> Questions:
     """Ask as ask_masked does, and read the answer one position earlier."""
+    # training put the hidden token's target there
     questions = ask_masked(ids, first)
     return questions._replace(positions=questions.positions - 1)
 
 
-MODES = {"causal": ask_causal, "masked": ask_masked, "mntp": ask_mntp}  # Objective.mode of data.py
+# Objective.mode in data.py names one of these.
+MODES = {"causal": ask_causal, "masked": ask_masked, "mntp": ask_mntp}
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -128,6 +133,7 @@ def log_probs(
     targets = torch.from_numpy(questions.targets).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(tokens, causal=causal, scored=positions)
+    # in bfloat16 close options would tie, and a tie says nothing
     logits = logits.float()  # (R, K, V)
     target_logits = logits.gather(-1, targets[..., None])[..., 0]
     return (target_logits - logits.logsumexp(-1)).cpu().numpy()
@@ -183,6 +189,7 @@ def score(
     done = 0
     progress = Progress(f"scoring, {mode}", int(n_targets.sum()))
     for texts, start in same_shape(ids, first):
+        # as many rows at once as batch_tokens allows
         questions = MODES[mode](np.stack([ids[i] for i in texts]), start)
         batch_rows = max(1, batch_tokens // questions.tokens.shape[1])
         for a in range(0, len(questions.tokens), batch_rows):
@@ -221,6 +228,7 @@ def table(task: str, result: dict, modes: list[str]) -> str:
             indent = "  "
         for subset in subsets:
             rows.append((indent + subset, result["subsets"][subset]))
+    # the number to quote: subsets count alike, however many items they have
     rows.append((f"macro average of {len(result['subsets'])}", result))
 
     # columns as wide as their widest entry
@@ -244,6 +252,7 @@ def result_name(args: argparse.Namespace, step: int) -> str:
     A quick look then never overwrites a full result.
     """
     parts = ["eval", Path(args.task).resolve().name.removesuffix(".jsonl"), str(step)]
+    # only what was asked for by name, so that a plain call has a plain name
     parts += args.mode or []
     if args.protocol != "2025":
         parts.append(args.protocol)
@@ -265,6 +274,7 @@ def score_tasks(
             source_of.setdefault(option, item.source)
     options = list(source_of)
 
+    # a text that several items share is scored once
     scores_of = {}  # mode: option: score
     for mode in modes:
         ids, first = encode(options, run.tokenizer, run.boundary, args.protocol, mode)
@@ -322,6 +332,7 @@ def evaluate(args: argparse.Namespace):
     out = Path(args.out or run.path.parent / result_name(args, run.step))
     ok = out.parent.is_dir() and not out.is_dir()
     require(ok, f"{out}: cannot be written; --out is a file in a folder that exists")
+    # a GPU needs larger batches to be busy
     batch_tokens = args.batch_tokens
     if batch_tokens == 0:
         batch_tokens = 2048 if device.type == "cpu" else 16384
@@ -359,6 +370,7 @@ def print_tables(result: dict, block_size: int):
         if entry["longer_than_training_rows"]:
             n_long = entry["longer_than_training_rows"]
             print(f"{n_long} options are longer than the {block_size} tokens of a training row")
+    # say what makes a number incomparable
     note = f"percent correct, ties share the point, protocol {result['protocol']}"
     if result["partial"]:
         note += f"; PARTIAL: only the first {result['limit']} items of each file"

@@ -42,6 +42,7 @@ class ModelConfig:
             self.backbone in BACKBONES,
             f"backbone = {self.backbone!r} must be one of {', '.join(BACKBONES)}",
         )
+        # sizes that no model can do without
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "n_ff"):
             value = getattr(self, name)
             require(value >= 1, f"{name} = {value} must be at least 1")
@@ -87,6 +88,7 @@ def build_mask(
     causal: a query sees no later key
     lengths: (B,) at least 1; keys from there on are padding
     """
+    # numbers of the positions; the queries are the last ones
     key = torch.arange(n_key, device=device)
     query = key[-n_query:, None]
     hidden = None
@@ -151,6 +153,7 @@ class LlamaEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        # the head may share this table, so it has the name `tokens` in every backbone
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.head_size = config.n_embd // config.n_head
 
@@ -191,7 +194,7 @@ class LlamaBlock(nn.Module):
         cos, sin = shared
         rate = self.dropout if self.training else 0.0
 
-        # attention
+        # attention: mix what the positions say
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
         q = rotate(split_heads(q, self.n_head), cos, sin)
         k = rotate(split_heads(k, self.n_head), cos, sin)
@@ -283,6 +286,7 @@ class LTGEmbedding(nn.Module):
         """
         T = tokens.size(1)
         rate = self.dropout if self.training else 0.0
+        # all distances beyond max_position share the last bucket
         distance = torch.arange(start + T - 1, -T - 1, -1, device=tokens.device)
         distance = distance.clamp(-self.max_distance, self.max_distance)
         rows = self.buckets[distance + self.max_distance]
@@ -352,6 +356,7 @@ class LTGHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rate = self.dropout if self.training else 0.0
+        # one hidden layer in front of the vocabulary, as BERT has it
         x = bare_norm(F.gelu(self.dense(bare_norm(x))))
         return dropout(x, rate)
 

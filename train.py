@@ -89,6 +89,7 @@ class Settings:
 
     def check(self):
         """Raise UserError, which names the settings, for a value or combination that cannot be."""
+        # what no setting may be
         for field in fields(self):
             value = getattr(self, field.name)
             require(value != "", f"{field.name} must not be empty")
@@ -152,6 +153,7 @@ class Settings:
     def check_schedule(self):
         """Raise UserError where batch_rows cannot be shared, or for too many epochs."""
         phases = parse(self.schedule)
+        # each process has the same number of rows
         world = int(os.environ.get("WORLD_SIZE", 1))
         require(
             self.batch_rows % world == 0,
@@ -163,6 +165,7 @@ class Settings:
                 self.batch_rows >= least,
                 f"batch_rows = {self.batch_rows} cannot be shared as {phase}: at least {least}",
             )
+        # the challenge of 2025 and 2026 counts epochs, whatever their objective
         epochs = sum(phase.epochs for phase in phases)
         require(
             epochs <= 10 or not self.babylm_rules,
@@ -170,6 +173,7 @@ class Settings:
         )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
+        # the sizes bear the same names here and there; the vocabulary is the corpus's
         names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
@@ -240,6 +244,7 @@ def evaluate(model: Transformer, dev: Batches, s: Settings, processes, autocast)
 
 def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:
     """Say what is trained, on what and for how long."""
+    # tied weights are one parameter and count once
     n_params = sum(p.numel() for p in model.parameters())
     words = corpus.meta["train"]["words"]
     return (
