@@ -32,6 +32,7 @@ def test_flops_are_six_a_weight_and_those_of_attention(backbone, block, head):
     assert bench.flops_per_token(model, 5, 0.25) == 6 * (2 * block + head / 4) + attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_plain_ltg_bert_computes_the_same_loss_and_gradients(objective):
     plain = PlainLTGBert(Settings(backbone="ltg_bert", **SMALL), 50).double()

@@ -245,6 +245,7 @@ def test_help_lists_every_setting_with_default_and_comment(program, capsys):
     assert re.search(r"--lr=.*peak", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "eval", "finetune", "sample", "prepare"])
 def test_every_program_has_help(program):
     done = subprocess.run(
@@ -274,6 +275,7 @@ def test_the_published_schedule_ships():
     assert load(str(ROOT / "config/babyllama.py")).schedule == "4_CLM+16_MLM+4_CLM"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, world, expected",
     [

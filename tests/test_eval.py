@@ -188,6 +188,7 @@ def test_scores_equal_a_plain_reference(tokenizer, backbone, mode, protocol):
     assert n_distinct > len(set(options)) / 2, "or agreement would say little"
 
 
+@pytest.mark.slow
 @needs_blimp
 @each_backbone
 @each_mode

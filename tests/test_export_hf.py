@@ -51,6 +51,8 @@ from config import UserError
 from sample import generate
 from train import Settings
 
+pytestmark = pytest.mark.slow  # transformers takes seconds to import
+
 ROOT = Path(__file__).parent.parent
 REAL_TEXT = ROOT.parent / "shared" / "data" / "babylm_dev"
 ODD_TEXTS = [

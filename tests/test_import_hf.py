@@ -29,6 +29,8 @@ from antlm.tokenizer import END, MASK, PAD, START
 from config import UserError
 from model import Transformer
 
+pytestmark = pytest.mark.slow  # transformers takes seconds to import
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -92,6 +92,7 @@ def leave_half_a_file(run: Path):
     (run / "source" / ".x.part").touch()
 
 
+@pytest.mark.slow
 def test_whatever_differs_between_two_runs_is_seen(corpus, tmp_path):
     """The other tests here rely on it."""
     expected = {
@@ -112,6 +113,7 @@ def test_whatever_differs_between_two_runs_is_seen(corpus, tmp_path):
         assert text in difference
 
 
+@pytest.mark.slow
 def test_what_a_kill_may_leave_is_mended(corpus, tmp_path):
     """The worst moment of every write, made by hand."""
     uninterrupted = tmp_path / "uninterrupted"
@@ -138,6 +140,7 @@ def test_what_a_kill_may_leave_is_mended(corpus, tmp_path):
     assert settings["out_dir"] == str(cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     corpus, tmp_path, capsys, flags

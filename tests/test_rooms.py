@@ -78,6 +78,7 @@ def test_imports_run_down_only(path):
     assert not extra, f"{path} must not import {', '.join(sorted(extra))}"
 
 
+@pytest.mark.slow
 def test_importing_any_file_starts_nothing():
     names = ", ".join(sorted(module_name(path) for path in ROOMS))
     done = subprocess.run(

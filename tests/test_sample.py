@@ -72,6 +72,7 @@ def test_generation_ends_before_the_stop_token(backbone):
     assert stopped == new[: new.index(stop)]
 
 
+@pytest.mark.slow
 @each_backbone
 def test_forbidden_tokens_never_appear(backbone):
     model = tiny(backbone)

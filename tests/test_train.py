@@ -136,6 +136,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_every_step_is_what_its_number_says(corpus, tmp_path):
     """Compare losses, gradients, clipping, rates and dev losses of all steps with plain formulas.
 
@@ -209,6 +210,7 @@ def optimizer_order(model: Transformer) -> list:
     return params
 
 
+@pytest.mark.slow
 def test_accumulation_changes_no_result(corpus, tmp_path):
     args = [*TINY, "--schedule=1_MLM", f"--corpus={corpus}"]
     train_here(*args, "--micro_rows=24", f"--out_dir={tmp_path / 'one'}")
@@ -225,6 +227,7 @@ def test_dropout_differs_from_step_to_step_and_between_micro_batches():
     assert len(seeds) == 10 * len(OBJECTIVES) * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns(short_run, tmp_path, optimizer):
     train_here(*short_run, "--schedule=4_CLM", f"--optimizer={optimizer}", "--lr=1e-2")
@@ -232,6 +235,7 @@ def test_every_optimizer_learns(short_run, tmp_path, optimizer):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_folder_says_how(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
     args = [*TINY, "--schedule=3_CLM+3_MLM", "--lr=1e-2", "--log_every=10"]
@@ -256,6 +260,7 @@ def test_it_learns_and_the_folder_says_how(corpus, tmp_path, capsys):
     assert len(checkpoints(folder)) == 2  # one for each phase end
 
 
+@pytest.mark.slow
 def test_babylm_rules(corpus, tmp_path, monkeypatch):
     """The first checkpoint that reaches a mark stays; words that are seen again count again."""
     monkeypatch.setattr(schedule, "WORD_MARKS", [1000, 2500, 9000])
@@ -354,6 +359,7 @@ OTHER = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_settings_only(short_run, tmp_path):
     assert OTHER.keys() | train.FREE == {field.name for field in dataclasses.fields(train.Settings)}
     assert not OTHER.keys() & train.FREE
@@ -377,6 +383,7 @@ def test_a_run_goes_on_with_its_own_text_only(short_run, corpus, tmp_path):
     assert "another corpus" in message
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_newer_settings_are_missing(short_run, tmp_path):
     """As in a checkpoint of an older train.py; they count as their defaults."""
     args = [*short_run, "--schedule=1_CLM+1_MLM"]
@@ -393,6 +400,7 @@ def test_a_run_goes_on_where_newer_settings_are_missing(short_run, tmp_path):
     assert same(load_checkpoint(newest)["model"], expected["model"])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_skipped(short_run, tmp_path, capsys):
     args = [*short_run, "--schedule=1_CLM+1_MLM"]
     train_here(*args)
