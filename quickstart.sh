@@ -15,7 +15,7 @@ fi
 
 # 2. text to tokenizer and token files
 if [ ! -d corpora/grammar ]; then
-    python prepare.py $text/train.txt --dev $text/dev.txt --out corpora/grammar --vocab_size 660
+    python prepare.py $text/train.txt --dev $text/dev.txt --out corpora/grammar --vocab_size 661
 fi
 
 # 3. train: a causal, a masked, a causal and a mixed phase
