@@ -7,9 +7,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# so small a model trains faster on one core than on two that wait for each other
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
 # 1. text from a small grammar, and minimal pairs to test with; your own text goes in its place
 text=corpora/grammar_text
 if [ ! -d $text ]; then

@@ -13,10 +13,11 @@ tied = False
 
 # AntLM's shape, then both objectives at once, so that each keeps what the other would forget.
 # Causal scores are good early on, so three of four rows are masked.
-schedule = "1_CLM+2_MLM+1_CLM+5_1CLM:3MLM"
+schedule = "1_CLM+2_MLM+1_CLM+4_1CLM:3MLM"
 block_size = 32
 batch_rows = 16  # agreement of gender is learnt late: it takes many steps rather than many tokens
 mask_start = 0.3  # as GPT-BERT: more to learn from at first,
 mask_end = 0.15  # more to see at the end
 lr = 2e-3
 log_every = 100
+eval_rows = 128

@@ -362,7 +362,7 @@ def text_sentence() -> str:
     """Draw a sentence of the text: half of them show a phenomenon, the hardest more often."""
     if random.random() < 0.5:
         return plain_sentence()
-    hardest = [filler_gap, filler_gap, reflexive_gender, reflexive_gender, agreement_across_clause]
+    hardest = 4 * [filler_gap] + 2 * [reflexive_gender] + [agreement_across_clause]
     phenomenon = random.choice(PHENOMENA + hardest)
     right, _ = phenomenon(held_out=False)
     return right
