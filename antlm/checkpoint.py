@@ -304,11 +304,16 @@ class RunFolder:
         write_whole(metrics, lambda file: file.writelines(kept))
 
     def record(self, **entry):
-        """Append a line to metrics.jsonl."""
-        if self.processes.rank == 0:
+        """Append a line to metrics.jsonl; raises OSError that names it."""
+        if self.processes.rank:
+            return
+        metrics = self.path / "metrics.jsonl"
+        try:
             # opened anew for each line, so that a folder that is gone is noticed
-            with open(self.path / "metrics.jsonl", "a") as file:
+            with open(metrics, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # that of a write does not know its file
+            raise OSError(error.errno, error.strerror, str(metrics)) from None
 
     def save(self, step: int, model: Transformer, optimizers: list, **content):
         """Write a checkpoint; keep the newest few, and for good those of phase ends and marks."""

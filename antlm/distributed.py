@@ -176,11 +176,10 @@ def errors_in_one_line():
         sys.exit(130)
     except UserError as error:
         line = str(error)
-    except OSError as error:  # one of a write has no name
-        file = error.filename or "a file of the run"
+    except OSError as error:
         line = (
-            f"{file}: {error.strerror}; finished checkpoints are whole: fix this, then go on with "
-            "--resume"
+            f"{error.filename}: {error.strerror}; finished checkpoints are whole: fix this, then "
+            "go on with --resume"
         )
     except torch.OutOfMemoryError:
         line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"

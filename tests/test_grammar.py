@@ -97,7 +97,7 @@ def test_the_seed_decides_the_text_and_the_pairs_seed_the_pairs(tmp_path):
         "first": [],
         "again": [],
         "other_text": ["--seed", 2],
-        "other_pairs": ["--pairs_seed", 3],
+        "other_pairs": ["--pairs_seed", 4],
     }
     made = {}
     for name, extra in arguments.items():

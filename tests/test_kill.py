@@ -205,7 +205,8 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(corpus, tmp_path, disk):
 
     # what was saved is whole, and a start into the full disk leaves it so
     left = checkpoints(run)
-    assert step_of(left[0]) >= 4
+    step = step_of(left[0])
+    assert step >= 4
     assert list(run.glob(".*.part")) == []
     assert "No space left" in error_line(start(*flags, "--resume"))
     assert checkpoints(run) == left
@@ -213,7 +214,7 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(corpus, tmp_path, disk):
     # with space again, the run goes on
     (disk / "filler").unlink()
     printed = finish(start(*flags, "--resume"))[0]
-    assert f"starts at step {step_of(left[0])} of" in printed
+    assert f"starts at step {step} of" in printed
     train_here(*args, f"--out_dir={tmp_path / 'uninterrupted'}")
     assert differences(tmp_path / "uninterrupted", run) == []
 
