@@ -23,7 +23,7 @@ from torch import Tensor
 from antlm import IGNORE
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
 from config import UserError, require
-from schedule import Phase, parse
+from schedule import Phase, apportion, parse
 
 
 class Corpus:
@@ -345,13 +345,15 @@ class Batches:
     ):
         self.ids = ids
         self.vocab_size = vocab_size
-        self.block_size = block_size
+        # a text shorter than a row would be read round and round: what is hidden in one copy of it
+        # could be read off the next
+        self.block_size = min(block_size, len(ids))
         self.batch_rows = batch_rows
         self.seed = seed
         self.max_mask_rate = max_mask_rate
         self.mask_span = mask_span
         # the last row of an epoch may be short, and its last step may lack rows
-        self.n_rows = math.ceil(len(ids) / block_size)
+        self.n_rows = math.ceil(len(ids) / self.block_size)
         self.steps_per_epoch = math.ceil(self.n_rows / batch_rows)
         self.order_epoch = None  # of which epoch self.order_rows is the order
         self.order_rows = None
@@ -376,6 +378,15 @@ class Batches:
         if rate is None:
             rate = self.max_mask_rate
         return math.ceil(rate * self.block_size)
+
+    def split_rows(self, phase: Phase, step: int) -> dict[str, int]:
+        """Return how many rows each objective has in a step of an epoch.
+
+        The rows that the last step lacks are missed by all of them, in proportion.
+        """
+        counts = phase.split_rows(self.batch_rows)
+        n_rows = min(self.batch_rows, self.n_rows - step * self.batch_rows)
+        return dict(zip(counts, apportion(n_rows, list(counts.values())), strict=True))
 
     def rows(self, epoch: int, step: int, place: np.ndarray) -> Rows:
         """Return the tokens of rows of an optimizer step.
@@ -409,6 +420,17 @@ class Batches:
         hiding = Hiding(mask_rate, self.mask_span, self.slots(objective), self.vocab_size)
         return OBJECTIVES[objective].build(self.rows(epoch, step, place), hiding)
 
+    def parts(self, phase: Phase, micro_rows: int, world: int) -> dict[str, tuple[int, int]]:
+        """Return into how many parts each objective's rows are cut, and the rows of each part.
+
+        The same at every step of the phase, so that a compiled model sees few shapes.
+        """
+        parts = {}
+        for objective, n_rows in phase.split_rows(self.batch_rows).items():
+            n_parts = math.ceil(n_rows / (micro_rows * world)) * world
+            parts[objective] = (n_parts, math.ceil(n_rows / n_parts))
+        return parts
+
     def micro_batches(
         self,
         phase: Phase,
@@ -423,20 +445,19 @@ class Batches:
 
         Each objective's rows are cut into equal parts of at most micro_rows, as many for every
         process, because DDP waits until all have made equally many backward passes; rows of
-        place -1 fill the last parts up.
+        place -1 fill up the parts, and the last step of an epoch.
         """
         # the parts of all processes: objective, index, places of their rows
         parts = []
         start = 0
         # the objectives' rows follow one another in the step
-        for objective, n_rows in phase.split_rows(self.batch_rows).items():
-            n_parts = math.ceil(n_rows / (micro_rows * world)) * world
-            size = math.ceil(n_rows / n_parts)
+        n_rows = self.split_rows(phase, step)
+        for objective, (n_parts, size) in self.parts(phase, micro_rows, world).items():
             places = np.full(n_parts * size, -1)
-            places[:n_rows] = np.arange(start, start + n_rows)
+            places[: n_rows[objective]] = np.arange(start, start + n_rows[objective])
             for index, part in enumerate(places.reshape(n_parts, size)):
                 parts.append((objective, index, part))
-            start += n_rows
+            start += n_rows[objective]
 
         # those of this process
         micro_batches = []

@@ -31,6 +31,19 @@ def constant(x: float) -> float:
 DECAYS = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
+def apportion(total: int, weights: list[int]) -> list[int]:
+    """Split a whole number in proportion to weights, into whole numbers that add up to it.
+
+    Each gets the whole part of its share; those with the largest remainders get one more.
+    """
+    shares = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
 @dataclass(frozen=True)
 class Phase:
     """A number of epochs with one mix of objectives.
@@ -52,16 +65,8 @@ class Phase:
         return [name for name, _ in self.mix]
 
     def split_rows(self, batch_rows: int) -> dict[str, int]:
-        """Split the rows of one optimizer step between the objectives; the counts add up.
-
-        Each gets the whole part of its share, the largest remainders get one row more.
-        """
-        total = sum(weight for _, weight in self.mix)
-        shares = [batch_rows * weight / total for _, weight in self.mix]
-        counts = [math.floor(share) for share in shares]
-        by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i])
-        for i in by_remainder[: batch_rows - sum(counts)]:
-            counts[i] += 1
+        """Split the rows of one optimizer step between the objectives, by their weights."""
+        counts = apportion(batch_rows, [weight for _, weight in self.mix])
         return dict(zip(self.objectives, counts, strict=True))
 
 

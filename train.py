@@ -31,7 +31,7 @@ from antlm.distributed import (
 from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
 from config import require
-from data import OBJECTIVES, Batches, Corpus, dropout_seed, find_objectives
+from data import OBJECTIVES, Batches, Corpus, MicroBatch, dropout_seed, find_objectives
 from model import ModelConfig, Transformer
 from schedule import DECAYS, Schedule, parse
 
@@ -212,6 +212,30 @@ def open_corpus(s: Settings) -> Corpus:
     return corpus
 
 
+def loss_factors(
+    n_rows: dict[str, int], micro_batches: list[MicroBatch], processes: Processes
+) -> dict[str, float]:
+    """Return what the summed loss of each objective in a step is multiplied by.
+
+    n_rows: of each objective in the step; micro_batches: of this process
+    The mean of an objective counts by its share of the rows (GPT-BERT), however few tokens of them
+    it scores. One that scores none, as it may in the short last step of an epoch, leaves its share
+    to the others, so that the shares always add up to 1.
+    """
+    # how many targets are scored in all processes
+    counts = dict.fromkeys(n_rows, 0)
+    for micro_batch in micro_batches:
+        counts[micro_batch.objective] += micro_batch.n_scored
+    n_scored = dict(zip(counts, processes.sum(list(counts.values())), strict=True))
+
+    factors = dict.fromkeys(n_rows, 0.0)
+    scoring = [objective for objective in n_rows if n_scored[objective] > 0]
+    total_rows = sum(n_rows[objective] for objective in scoring)
+    for objective in scoring:
+        factors[objective] = n_rows[objective] / total_rows / n_scored[objective]
+    return factors
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, dev: Batches, s: Settings, processes, autocast) -> dict:
     """Return the dev loss of each objective in nats per scored token.
@@ -331,20 +355,12 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
             phase, epoch, step_in_epoch, mask_rate, s.micro_rows, processes.rank, processes.world
         )
 
-        # how many targets are scored in all processes, and has any of them been told to stop?
-        counts = dict.fromkeys(phase.objectives, 0)
-        for micro_batch in micro_batches:
-            counts[micro_batch.objective] += micro_batch.n_scored
-        n_signals, *totals = processes.sum([len(signals.received), *counts.values()])
-        if n_signals > 0:
+        factors = loss_factors(batches.split_rows(phase, step_in_epoch), micro_batches, processes)
+
+        # has any process been told to stop?
+        if processes.sum([len(signals.received)]) != [0]:
             stopped = True
             break
-
-        # each objective's mean counts by its share of rows (GPT-BERT), however few it scores
-        factors = {}
-        for objective, total in zip(counts, totals, strict=True):
-            share = phase.split_rows(s.batch_rows)[objective] / s.batch_rows
-            factors[objective] = share / max(1, total)
 
         # forward and backward, summing up gradients
         losses = []

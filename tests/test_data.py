@@ -256,14 +256,43 @@ def test_micro_batches_hold_every_row_once(text, batch_rows, micro_rows, world):
         start += n_rows
 
 
-def test_a_corpus_shorter_than_a_row_still_gives_one():
-    batches = make_batches(counting(5), block_size=32, batch_rows=2)
-    for objective in MASKED:
-        batch = batches.batch(objective, 0, 0, np.arange(2), 0.15)
-        hidden = batch.targets[batch.targets != IGNORE].tolist()
-        assert batch.tokens.shape == (2, 32)
-        assert 0 < len(hidden) <= 4  # floor(0.15 * 32), of 5 tokens
-        assert len(set(hidden)) == len(hidden)
+@pytest.mark.parametrize("text", ["1_CLM", "1_CLM:MLM", "1_1CLM:15MNTP", "1_5CLM:3MLM:1MNTP"])
+@pytest.mark.parametrize("n_last", [1, 2, 3, 11, 31, 32])
+@pytest.mark.parametrize("micro_rows, world", [(100, 1), (5, 2)])
+def test_the_last_step_of_an_epoch_keeps_the_mix(text, n_last, micro_rows, world):
+    (phase,) = parse(text)
+    batches = make_batches(counting(16 * (32 + n_last)), batch_rows=32)
+    full = phase.split_rows(32)
+    rows = dict.fromkeys(full, 0)
+    shapes = []
+    for rank in range(world):
+        for step in range(2):
+            parts = batches.micro_batches(phase, 0, step, 0.15, micro_rows, rank, world)
+            shapes.append([(part.objective, part.batch.tokens.shape) for part in parts])
+            for part in parts:
+                if step == 1:
+                    alive = (part.batch.targets != IGNORE).any(axis=1)
+                    rows[part.objective] += int(alive.sum())
+    # all rows that are left, in the ratio of a full step as nearly as whole rows allow
+    assert sum(rows.values()) == n_last
+    for objective, n in rows.items():
+        assert abs(n - full[objective] * n_last / 32) < 1
+    # in passes of the same shapes, so that a compiled model need not be built anew
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("n_tokens", [2, 5, 12, 31, 32, 33, 50, 64, 100])
+def test_what_is_asked_of_a_row_stands_nowhere_else_in_it(objective, n_tokens):
+    # every token of the text occurs once, so one that occurs twice in a row was read twice
+    batches = make_batches(counting(n_tokens), block_size=32, batch_rows=4)
+    for epoch in range(3):
+        rows = batches.rows(epoch, 0, np.arange(min(4, batches.n_rows)))
+        assert all(len(set(row)) == len(row) for row in rows.tokens.tolist())
+        # and the row that is asked about holds its own tokens only
+        batch = batches.batch(objective, epoch, 0, np.arange(min(4, batches.n_rows)), 0.15)
+        assert batch.tokens.shape == rows.tokens.shape
+        assert batch.n_scored <= n_tokens
 
 
 def test_a_vocabulary_of_70000_fits():

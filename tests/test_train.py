@@ -119,7 +119,7 @@ def plain_learning_rate(step: int, n_steps: int, n_warmup: int) -> float:
 # Every kind of phase, and no setting that matters at its default.
 MIXED = [
     *TINY,
-    "--schedule=1_1CLM:3MLM+1_MNTP",
+    "--schedule=1_1CLM:2MLM+1_MNTP",
     "--batch_rows=72",
     "--micro_rows=13",
     "--seed=4",
@@ -156,14 +156,16 @@ def test_every_step_is_what_its_number_says(corpus, tmp_path):
     for step, entry in enumerate(steps):
         # the loss and its gradient: each objective's mean counts by its share of rows
         mask_rate = 0.4 - 0.2 * step / (n_steps - 1)
-        places = {"MNTP": np.arange(72)}
-        if step < n_steps / 2:
-            places = {"CLM": np.arange(18), "MLM": np.arange(18, 72)}
         place_in_epoch = divmod(step, batches.steps_per_epoch)
+        n_rows = min(72, batches.n_rows - 72 * place_in_epoch[1])
+        n_clm = round(n_rows / 3)
+        places = {"MNTP": np.arange(n_rows)}
+        if step < n_steps / 2:
+            places = {"CLM": np.arange(n_clm), "MLM": np.arange(n_clm, n_rows)}
         losses = {}
         for objective, place in places.items():
             loss = plain_loss(model, batches, objective, *place_in_epoch, place, mask_rate)
-            (loss * len(place) / 72).backward()
+            (loss * len(place) / n_rows).backward()
             losses[objective] = loss.item()
         grads = [p.grad for p in optimizer_order(model)]
         norm = math.sqrt(sum(grad.square().sum().item() for grad in grads))
@@ -208,6 +210,31 @@ def optimizer_order(model: Transformer) -> list:
     for group in optimizer.param_groups:
         params += group["params"]
     return params
+
+
+@pytest.mark.parametrize("text", ["1_MLM", "1_CLM:MLM", "1_1CLM:15MNTP", "1_3CLM:1MLM:1MNTP"])
+@pytest.mark.parametrize("n_tokens", [17, 100, 257, 16 * 24 + 5, 16 * 24 * 2 + 16])
+def test_the_shares_of_a_step_add_up_to_one(text, n_tokens):
+    """Also where a short last step leaves an objective without a row, or without a hidden token."""
+    (phase,) = schedule.parse(text)
+    ids = np.arange(n_tokens, dtype=np.uint16) % 90 + 4
+    processes = train.Processes("cpu")
+    for seed in range(4):
+        batches = Batches(ids, 94, 16, 24, seed)
+        for step in range(batches.steps_per_epoch):
+            micro_batches = batches.micro_batches(phase, 0, step, 0.15, micro_rows=7)
+            n_rows = batches.split_rows(phase, step)
+            factors = train.loss_factors(n_rows, micro_batches, processes)
+            shares = dict.fromkeys(n_rows, 0.0)
+            for part in micro_batches:
+                shares[part.objective] += factors[part.objective] * part.n_scored
+            if any(part.n_scored for part in micro_batches):
+                assert sum(shares.values()) == pytest.approx(1)
+            # objectives that score something stand to each other as their rows do
+            scoring = [objective for objective in shares if shares[objective] > 0]
+            for objective in scoring:
+                ratio = n_rows[objective] / n_rows[scoring[0]]
+                assert shares[objective] / shares[scoring[0]] == pytest.approx(ratio)
 
 
 @pytest.mark.slow
