@@ -24,6 +24,7 @@ from antlm.distributed import (
     PRECISIONS,
     Processes,
     StopSignals,
+    busy_cores,
     errors_in_one_line,
     has_fast_bfloat16,
     leave,
@@ -237,23 +238,31 @@ def loss_factors(
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, dev: Batches, s: Settings, processes, autocast) -> dict:
-    """Return the dev loss of each objective in nats per scored token.
+def evaluate(
+    model: Transformer, dev: Batches, s: Settings, processes: Processes, autocast, signals
+) -> dict[str, float] | None:
+    """Return the dev loss of each objective in nats per scored token; None if told to stop.
 
-    On the same rows each time, by the uncompiled model, whose shapes may vary.
+    On the same rows each time, by the uncompiled model, whose shapes may vary. An objective that
+    scores no token, as a masked one may in a very short dev text, has no loss.
     """
     # those of the run, and CLM and MLM always: a phase of one shows what it costs the other
     names = {"CLM", "MLM", *find_objectives(s.schedule)}
     objectives = [name for name in OBJECTIVES if name in names]
     model.eval()
     losses = {}
-    # every process scores its share of the first rows
-    rows = np.arange(processes.rank, min(s.eval_rows, dev.n_rows), processes.world)
+    rows = np.arange(min(s.eval_rows, dev.n_rows))
+    rows_at_once = s.micro_rows * processes.world
     for objective in objectives:
         total = 0.0
         count = 0
-        for start in range(0, len(rows), s.micro_rows):
-            place = rows[start : start + s.micro_rows]
+        for start in range(0, len(rows), rows_at_once):
+            if signals.any(processes):
+                return None
+            # this process's share, which may be none of the last rows
+            place = rows[start : start + rows_at_once][processes.rank :: processes.world]
+            if len(place) == 0:
+                continue
             batch = dev.batch(objective, 0, 0, place, s.eval_mask_rate).to(processes.device)
             with autocast:
                 loss, n_scored = model.forward(**batch, causal=OBJECTIVES[objective].causal)
@@ -261,9 +270,19 @@ def evaluate(model: Transformer, dev: Batches, s: Settings, processes, autocast)
             count += n_scored.item()
         # divided once, over all processes: a mean of means would weigh short shares too much
         total, count = processes.sum([total, count])
-        losses[objective] = total / max(1, count)
+        if count:
+            losses[objective] = total / count
     model.train()
     return losses
+
+
+def count_shapes(s: Settings, batches: Batches, world: int) -> int:
+    """Return how many kinds of forward pass the schedule has: a compiled model builds each once."""
+    shapes = set()
+    for phase in parse(s.schedule):
+        for objective, (_, n_rows) in batches.parts(phase, s.micro_rows, world).items():
+            shapes.add((objective, n_rows))
+    return len(shapes)
 
 
 def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:
@@ -288,6 +307,16 @@ def describe_machine(s: Settings, processes: Processes, bfloat16: bool, compiled
     line += "; compile on" if compiled else "; compile off"
     if s.compile == "auto":
         line += " (auto: on for a GPU only)"
+
+    # threads that wait for those of another program do less than half of the work
+    if processes.device.type == "cpu" and processes.world == 1:
+        busy = busy_cores()
+        threads = torch.get_num_threads()
+        if threads > 1 and busy + threads > os.cpu_count() + 0.5:
+            line += (
+                f"\nother programs keep {busy:.1f} of {os.cpu_count()} cores busy, and this run "
+                f"has {threads} threads: several runs are faster with OMP_NUM_THREADS=1 each"
+            )
     return line
 
 
@@ -319,10 +348,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     model = Transformer(s.model_config(corpus.vocab_size))
     model = model.to(device).train()
     optimizers = make_optimizers(model, s, device)
-    start = 0
-    skipped = 0  # steps whose loss or gradient was not finite
-    if checkpoint:
-        start, skipped = restore(checkpoint, run.path, model, optimizers)
+    start, logged = restore(checkpoint, run.path, model, optimizers)
     checkpoint = None  # its memory is free again
     run.begin(s, corpus, schedule, start)
 
@@ -331,6 +357,8 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     compiled = s.compile == "on" or (s.compile == "auto" and device.type == "cuda")
     if compiled:
+        # torch would go on uncompiled after the eighth shape
+        torch._dynamo.config.recompile_limit = max(8, count_shapes(s, batches, processes.world))
         model.compile(dynamic=False)  # in place; model.forward stays uncompiled, for evaluation
     ddp = model
     if processes.world > 1:  # no buffer ever changes, so none is broadcast
@@ -340,31 +368,48 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     processes.print(f"run {run.path}, starts at step {start} of {schedule.steps}")
 
     # ------------------------------------------------------------------------------------- the loop
-    log = TrainingLog(run, schedule, s, list(OBJECTIVES), skipped)
+    log = TrainingLog(run, schedule, s, list(OBJECTIVES), logged)
+    eval_every = s.eval_every or schedule.steps_per_epoch
     signals = StopSignals()
     stopped = False
-    step = start
-    while step < schedule.steps:
+    step = start  # steps done
+    while True:
+        # evaluate on the dev tokens, unless that was done before a run was stopped and resumed
+        is_last = step == schedule.steps
+        if (step % eval_every == 0 or is_last) and step > run.evaluated_step:
+            dev_losses = evaluate(model, dev, s, processes, autocast, signals)
+            if dev_losses is None:
+                stopped = True
+                break
+            log.write_dev(step, dev_losses)
+
+        # save
+        if step > start and (
+            step % s.save_every == 0 or schedule.is_milestone(step, s.babylm_rules)
+        ):
+            log.read()  # ends the run, before anything is saved, if a loss was not finite
+            run.save(step, model, optimizers, log=log.state())
+        if is_last:
+            break
+
+        # this process's rows of the next step, cut into forward passes
         epoch, step_in_epoch = schedule.epoch(step)
         phase = schedule.phase(step)
         lr = schedule.learning_rate(step)
         mask_rate = schedule.mask_rate(step)
-
-        # this process's rows, cut into forward passes
         micro_batches = batches.micro_batches(
             phase, epoch, step_in_epoch, mask_rate, s.micro_rows, processes.rank, processes.world
         )
-
         factors = loss_factors(batches.split_rows(phase, step_in_epoch), micro_batches, processes)
-
-        # has any process been told to stop?
-        if processes.sum([len(signals.received)]) != [0]:
-            stopped = True
-            break
 
         # forward and backward, summing up gradients
         losses = []
         for i, micro_batch in enumerate(micro_batches):
+            # between passes, since a step may take longer than a cluster waits; what is done of it
+            # is dropped
+            if signals.any(processes):
+                stopped = True
+                break
             objective = OBJECTIVES[micro_batch.objective]
             batch = micro_batch.batch.to(device)
             # dropout is a function of position, too: a resumed run draws the same
@@ -378,37 +423,32 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
             factor = factors[micro_batch.objective] * processes.world + 0 * loss.detach()
             (loss * factor).backward()
             losses.append(loss.detach())
+        if stopped:
+            break
 
         # clip the gradient, and update the weights unless it is not finite
         norm = clip_grad_norm_(model.parameters(), s.clip or math.inf)
         guarded_step(optimizers, lr, norm)
-        step += 1  # from here on it counts the steps done
+        step += 1
 
         # log
         log.add(step, micro_batches, losses, norm)
-        if step % s.log_every == 0 or step in (start + 1, schedule.steps):
+        if step % s.log_every == 0 or step in (1, schedule.steps):
             log.write(step, lr, mask_rate)
-
-        # evaluate on the dev tokens
-        if step % (s.eval_every or schedule.steps_per_epoch) == 0 or step == schedule.steps:
-            dev_losses = evaluate(model, dev, s, processes, autocast)
-            log.write_dev(step, dev_losses)
-
-        # save
-        if step % s.save_every == 0 or schedule.is_milestone(step, s.babylm_rules):
-            log.read()  # ends the run, before anything is saved, if a loss was not finite
-            run.save(step, model, optimizers, skipped=log.skipped)
 
     # -------------------------------------------------------------------------------------- the end
     if stopped and step > start:
         log.read()
-        run.save(step, model, optimizers, skipped=log.skipped)
+        run.save(step, model, optimizers, log=log.state())
     processes.wait()  # none leaves while another is at work
     if stopped:
         processes.print(f"stopped after step {step}; go on with the same command and --resume")
         leave(processes, signals.exit_code())
-    minutes = (time.time() - log.started) / 60
-    processes.print(f"trained {run.path} in {minutes:.1f} minutes")
+    if start == schedule.steps:
+        processes.print(f"{run.path} had been trained to its end; nothing was left to do")
+    else:
+        minutes = (time.time() - log.started) / 60
+        processes.print(f"trained {run.path} in {minutes:.1f} minutes")
     leave(processes, 0)
 
 

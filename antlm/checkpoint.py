@@ -169,18 +169,24 @@ def load_run(path: str, device: str | torch.device = "cpu") -> LoadedRun:
 # ----------------------------------------------------------------------------------- the run folder
 
 
-def restore(content: dict, path: Path, model: Transformer, optimizers: list) -> tuple[int, int]:
-    """Put weights and optimizers back; return the steps done and those of them that were skipped.
+def restore(
+    content: dict | None, path: Path, model: Transformer, optimizers: list
+) -> tuple[int, dict]:
+    """Put weights and optimizers back; return the steps done and the state of the log.
+
+    content: of the checkpoint; None for a new run, of which no step is done
 
     Raises UserError, which begins with `path`, where they do not fit this model and optimizer.
     """
+    if content is None:
+        return 0, {}
     try:
         model.load_state_dict(content["model"])
         for optimizer, state in zip(optimizers, content["optimizer"], strict=True):
             optimizer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this train.py ({one_line(error)})") from None
-    return content["step"], content.get("skipped", 0)
+    return content["step"], content.get("log", {})
 
 
 class RunFolder:
@@ -278,9 +284,15 @@ class RunFolder:
         self.settings = settings
         self.schedule = schedule
         self.identity = identity(corpus)
-        if self.processes.rank:
-            return
-        self.keep_metrics(step)
+        last_dev = 0
+        if self.processes.rank == 0:
+            last_dev = self.keep_metrics(step)
+            self.write_settings(corpus)
+        # the step of the last evaluation, which the first process has read for all
+        [self.evaluated_step] = self.processes.sum([last_dev])
+
+    def write_settings(self, corpus):
+        settings = self.settings
         write_json(self.path / "settings.json", asdict(settings))
         self.copy(corpus.folder / "tokenizer.json", "tokenizer.json")
         # a result carries the code that made it
@@ -293,15 +305,25 @@ class RunFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, lambda file: file.write(source.read_bytes()))
 
-    def keep_metrics(self, step: int):
-        """Keep the lines of metrics.jsonl up to a step; a kill may have cut the last one short."""
+    def keep_metrics(self, step: int) -> int:
+        """Keep the lines of metrics.jsonl up to a step; a kill may have cut the last one short.
+
+        Returns the step of the last evaluation in them, 0 without one.
+        """
         metrics = self.path / "metrics.jsonl"
         kept = []
+        evaluated_step = 0
         if metrics.exists():
             for line in metrics.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"}\n") and json.loads(line)["step"] <= step:
+                if not line.endswith(b"}\n"):
+                    continue
+                entry = json.loads(line)
+                if entry["step"] <= step:
                     kept.append(line)
+                    if "dev" in entry:
+                        evaluated_step = entry["step"]
         write_whole(metrics, lambda file: file.writelines(kept))
+        return evaluated_step
 
     def record(self, **entry):
         """Append a line to metrics.jsonl; raises OSError that names it."""

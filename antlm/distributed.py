@@ -60,6 +60,23 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def busy_cores(seconds: float = 0.2) -> float:
+    """Return how many cores of the machine other programs keep busy; 0 where Linux does not say."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    before = busy_seconds()
+    time.sleep(seconds)
+    return (busy_seconds() - before) / seconds
+
+
+def busy_seconds() -> float:
+    """Time that all cores have worked since the machine was started."""
+    with open("/proc/stat") as file:
+        # cpu user nice system idle ..., in ticks
+        _, user, nice, system, *_ = file.readline().split()
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 class Processes:
     """This process among those that torchrun started; alone without torchrun.
 
@@ -129,7 +146,7 @@ class Processes:
 
 
 class StopSignals:
-    """Remember Ctrl-C and SIGTERM, so that the step in progress can be finished and saved."""
+    """Remember Ctrl-C and SIGTERM, so that the steps done can be saved."""
 
     def __init__(self):
         self.received = []
@@ -142,6 +159,10 @@ class StopSignals:
         # terminal has sent already.
         if not started_by_torchrun():
             signal.signal(number, signal.SIG_DFL)
+
+    def any(self, processes: Processes) -> bool:
+        """Whether any process has been told to stop; all have to ask at the same place."""
+        return processes.sum([len(self.received)]) != [0]
 
     def exit_code(self) -> int:
         """128 plus the signal; another process may have received it."""

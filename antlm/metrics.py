@@ -13,20 +13,28 @@ from config import UserError, require
 class TrainingLog:
     """Sums up what happened since the last line, and writes lines to the screen and the run folder.
 
-    skipped: steps so far whose loss or gradient was not finite
+    state: what state() returned to the checkpoint that a run goes on from; empty for a new run
     """
 
-    def __init__(self, run: RunFolder, schedule, settings, objectives: list[str], skipped: int):
+    def __init__(self, run: RunFolder, schedule, settings, objectives: list[str], state: dict):
         self.run = run
         self.processes = run.processes
         self.schedule = schedule
         self.settings = settings
         self.objectives = objectives
-        self.skipped = skipped
         self.pending = []  # steps whose losses the host has not seen
         self.started = time.time()
         self.steps_since_start = 0
         self.restart()
+        self.skipped = state.get("skipped", 0)  # steps whose loss or gradient was not finite
+        if self.processes.rank == 0:  # the sums of all processes were saved as one
+            self.loss_sums |= state.get("loss_sums", {})
+            self.counts |= state.get("counts", {})
+
+    def state(self) -> dict:
+        """Return what a checkpoint keeps, so that a resumed run's next line is on as many steps."""
+        loss_sums, counts = self.totals()
+        return {"skipped": self.skipped, "loss_sums": loss_sums, "counts": counts}
 
     def restart(self):
         """Begin a new line."""
@@ -82,13 +90,19 @@ class TrainingLog:
 
     def mean_losses(self) -> dict[str, float]:
         """Nats per scored token since the last line, over all processes, of what was trained."""
+        loss_sums, counts = self.totals()
+        means = {}
+        for objective in self.objectives:
+            if counts[objective] > 0:
+                means[objective] = loss_sums[objective] / counts[objective]
+        return means
+
+    def totals(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Summed losses and numbers of scored tokens since the last line, over all processes."""
         n = len(self.objectives)
         sums = self.processes.sum([*self.loss_sums.values(), *self.counts.values()])
-        means = {}
-        for objective, total, count in zip(self.objectives, sums[:n], sums[n:], strict=True):
-            if count:
-                means[objective] = total / count
-        return means
+        loss_sums = dict(zip(self.objectives, sums[:n], strict=True))
+        return loss_sums, dict(zip(self.objectives, sums[n:], strict=True))
 
     def write(self, step: int, lr: float, mask_rate: float):
         """Print and record a line on the steps since the last one."""

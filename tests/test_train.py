@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from conftest import (
     train_here,
     wait_for_line,
 )
-from kill import same
+from kill import differences, same
 
 import config
 import prepare
@@ -237,6 +238,14 @@ def test_the_shares_of_a_step_add_up_to_one(text, n_tokens):
                 assert shares[objective] / shares[scoring[0]] == pytest.approx(ratio)
 
 
+def test_a_dev_loss_of_nothing_is_left_out(short_run, tmp_path, capsys):
+    settings = ["--schedule=1_CLM:MLM", "--block_size=4", "--mask_start=0.3", "--mask_end=0.3"]
+    train_here(*short_run, *settings, "--eval_rows=1")
+    dev = read_metrics(tmp_path / "run")[-1]["dev"]
+    assert dev.keys() == {"CLM"}  # 0.15 of 4 tokens are less than one
+    assert "MLM 0.000" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_accumulation_changes_no_result(corpus, tmp_path):
     args = [*TINY, "--schedule=1_MLM", f"--corpus={corpus}"]
@@ -353,6 +362,110 @@ def test_signal_and_resume_across_a_phase_switch_are_bit_exact(corpus, tmp_path,
         args += ["--schedule=1_CLM", "--dropout=0"]
         train_here(*args, f"--out_dir={tmp_path / 'no_dropout'}")
         assert read_losses(tmp_path / "no_dropout")[1] != losses[1]
+
+
+def signal_at_call(function, at_call: int, counter: list):
+    """Return a function that notes its calls, and at one of them sends this process SIGTERM."""
+
+    def wrapper(*args, **kwargs):
+        counter.append(1)
+        if len(counter) == at_call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def exit_code(*args: str) -> int:
+    """Train in this process and return the code with which it is left."""
+    # not pytest.raises: it keeps the frames of the error, and with them the lock of the run
+    try:
+        train_here(*args)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+# log lines on several steps, evaluations in between, and several passes for each
+INTERRUPTIBLE = [
+    "--schedule=1_CLM+1_CLM:MLM",
+    "--batch_rows=60",
+    "--micro_rows=20",
+    "--log_every=4",
+    "--eval_every=3",
+]
+
+
+@pytest.mark.parametrize(
+    "module, name, at_call",
+    [
+        (train, "dropout_seed", 2),  # in the first step, after its first pass
+        (train, "dropout_seed", 17),  # in a step, between two log lines
+        (Batches, "batch", 24),  # while rows are made, or in an evaluation
+        (Transformer, "forward", 22),
+    ],
+)
+def test_a_signal_between_passes_is_obeyed_and_loses_nothing(
+    corpus, tmp_path, monkeypatch, module, name, at_call
+):
+    args = [*TINY, *INTERRUPTIBLE, f"--corpus={corpus}"]
+    train_here(*args, f"--out_dir={tmp_path / 'uninterrupted'}")
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signal_at_call(getattr(module, name), at_call, calls))
+        assert exit_code(*args, f"--out_dir={tmp_path / 'cut'}") == 128 + signal.SIGTERM
+    if name != "batch":  # a step makes all its batches before its first pass
+        assert len(calls) == at_call
+    train_here(*args, f"--out_dir={tmp_path / 'cut'}", "--resume")
+    assert differences(tmp_path / "uninterrupted", tmp_path / "cut") == []
+
+
+def test_a_run_that_had_ended_says_so(short_run, capsys):
+    train_here(*short_run)
+    assert "minutes" in capsys.readouterr().out
+    train_here(*short_run, "--resume")
+    printed = capsys.readouterr().out
+    assert "nothing was left to do" in printed
+    assert "minutes" not in printed
+
+
+@pytest.mark.slow
+def test_every_shape_of_a_long_schedule_is_compiled(short_run, monkeypatch):
+    """More than the eight after which torch would go on uncompiled, each of them once."""
+    shapes = []
+
+    def count(graph, inputs):
+        shapes.append(graph)
+        return graph.forward
+
+    # what torch does with a graph is not asked here, so the compiler itself is left out
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        Transformer, "compile", lambda model, **kw: compile_module(model, backend=count, **kw)
+    )
+    torch.compiler.reset()
+    mixes = [f"1_{weight}CLM:{12 - weight}MLM" for weight in (1, 2, 3, 4, 5)]
+    small = [f"--schedule={'+'.join(mixes)}", "--n_layer=1", "--eval_rows=1", "--log_every=99"]
+    train_here(*short_run, *small, "--compile=on")
+    # CLM with 2, 4, 6, 8 and 10 rows, MLM with the rest of 24
+    assert len(shapes) == 10
+
+
+def test_a_machine_that_is_busy_with_other_work_is_mentioned():
+    if not Path("/proc/stat").exists():
+        pytest.skip("only Linux tells in /proc/stat how busy the machine is")
+    processes = train.Processes("cpu")
+    torch.set_num_threads(os.cpu_count())
+    other_work = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.5)
+        described = train.describe_machine(train.Settings(), processes, False, False)
+        torch.set_num_threads(1)
+        described_alone = train.describe_machine(train.Settings(), processes, False, False)
+    finally:
+        other_work.kill()
+    assert "OMP_NUM_THREADS=1" in described
+    assert "OMP_NUM_THREADS=1" not in described_alone
 
 
 # Settings that make it another run; all others may change when a run goes on.
@@ -503,7 +616,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_remembered(short_run,
         message = refusal(*args, "--resume", *flags)
         assert f"step {allowed + 2}: gradient norm" in message
         newest = load_checkpoint(checkpoints(run)[0])
-        assert (newest["step"], newest["skipped"]) == (allowed + 1, allowed)
+        assert (newest["step"], newest["log"]["skipped"]) == (allowed + 1, allowed)
         assert same(newest["model"], first["model"])
         for state, state_before in zip(newest["optimizer"], first["optimizer"], strict=True):
             assert same(state["state"], state_before["state"])
