@@ -323,7 +323,7 @@ def evaluate(args: argparse.Namespace):
     print(f"{run.path}: step {run.step} of {run.schedule}, {backbone}; {args.dtype} on {device}")
 
     # ask in the ways that the model has learnt
-    objectives = find_objectives(run.schedule, run.path)
+    objectives = find_objectives(run.full_schedule, run.path)
     learnt = {OBJECTIVES[name].mode for name in objectives}
     modes = args.mode or [mode for mode in MODES if mode in learnt]
     modes = list(dict.fromkeys(modes))

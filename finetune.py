@@ -462,7 +462,7 @@ def main(args: list[str]):
     # each task is saved before the next begins
     for task, task_settings in by_task.items():
         if task != "mnli-mm":  # done with mnli
-            run_task(task, task_settings.resolve(run.schedule), run, results, out)
+            run_task(task, task_settings.resolve(run.full_schedule), run, results, out)
 
     # the tables: of the tasks, and with the zero-shot scores of the same checkpoint
     tasks = {task: results["tasks"][task]["seeds"] for task in by_task}

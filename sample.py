@@ -128,8 +128,10 @@ def main(argv: list[str] | None = None):
     run = load_run(args.run, device)
     print(f"{run.path}: step {run.step} of {run.schedule}, {run.model.config.backbone}", flush=True)
     print_samples(run, args, device)
-    objectives = find_objectives(run.schedule, run.path)
-    if not any(OBJECTIVES[name].causal for name in objectives):
+    objectives = find_objectives(run.full_schedule, run.path)
+    is_causal = any(OBJECTIVES[name].causal for name in objectives)
+    # of an imported model nobody knows what it was trained with
+    if not is_causal and "imported_from" not in run.content:
         print("note: this model never learnt to predict the next token, its samples mean little")
 
 

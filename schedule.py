@@ -110,6 +110,7 @@ class Schedule:
     mask_start: float = 0.15  # share of tokens that masked objectives hide at the first step
     mask_end: float = 0.15  # and at the last step; linear in between
     words_per_epoch: int = 0  # words of the corpus
+    words_before: int = 0  # words that the model had seen when the run began
 
     @property
     def epochs(self) -> int:
@@ -159,8 +160,8 @@ class Schedule:
         return self.mask_start + (self.mask_end - self.mask_start) * step / max(1, self.steps - 1)
 
     def words(self, steps: int) -> int:
-        """Words seen, with repetition, in the first so many steps."""
-        return round(steps * self.words_per_epoch / self.steps_per_epoch)
+        """Words seen, with repetition, after so many steps."""
+        return self.words_before + round(steps * self.words_per_epoch / self.steps_per_epoch)
 
     def reaches_mark(self, step: int) -> bool:
         """Whether the words seen reach one of WORD_MARKS with this step."""

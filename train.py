@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import config
-from antlm.checkpoint import RunFolder, restore
+from antlm.checkpoint import RunFolder, load_source, restore
 from antlm.distributed import (
     DEVICES,
     PRECISIONS,
@@ -44,6 +44,7 @@ class Settings:
     corpus_command: str = "python prepare.py TEXT --dev TEXT --out FOLDER"  # how to make it
     out_dir: str = "runs/babylm"  # folder for checkpoints, metrics and settings
     resume: bool = False  # go on from the newest checkpoint in it
+    init_from: str = ""  # run folder or checkpoint whose weights training starts from; "": random
     # model
     backbone: str = "babyllama"  # babyllama | ltg_bert
     n_layer: int = 16
@@ -93,7 +94,8 @@ class Settings:
         # what no setting may be
         for field in fields(self):
             value = getattr(self, field.name)
-            require(value != "", f"{field.name} must not be empty")
+            may_be_empty = field.name == "init_from"
+            require(value != "" or may_be_empty, f"{field.name} must not be empty")
             if field.type is float:
                 require(math.isfinite(value), f"{field.name} = {value} must be finite")
         # values that are one of a few words
@@ -166,19 +168,38 @@ class Settings:
                 self.batch_rows >= least,
                 f"batch_rows = {self.batch_rows} cannot be shared as {phase}: at least {least}",
             )
-        # the challenge of 2025 and 2026 counts epochs, whatever their objective
-        epochs = sum(phase.epochs for phase in phases)
+        self.check_babylm_rules(history=[])
+
+    def check_babylm_rules(self, history: list[dict]):
+        """Raise UserError for more training than the challenge of 2025 and 2026 allows.
+
+        history: the runs whose weights this one starts from, which count as well
+        """
+        if not self.babylm_rules:
+            return
+        # it counts epochs, whatever their objective
+        schedules = [*(entry["schedule"] for entry in history), self.schedule]
+        phases = parse("+".join(schedules))
         require(
-            epochs <= 10 or not self.babylm_rules,
-            f"schedule = {self.schedule!r} has more than the 10 epochs that babylm_rules allow",
+            sum(phase.epochs for phase in phases) <= 10,
+            f"schedule = {'+'.join(schedules)!r} has more than the 10 epochs that babylm_rules "
+            "allow",
         )
+        for entry in history:
+            require(
+                entry["words"] is not None,
+                f"init_from: {entry['path']} does not say how many words it has seen, which "
+                "babylm_rules count",
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         # the sizes bear the same names here and there; the vocabulary is the corpus's
         names = {field.name for field in fields(ModelConfig)} - {"vocab_size"}
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
-    def make_schedule(self, steps_per_epoch: int, words_per_epoch: int) -> Schedule:
+    def make_schedule(
+        self, steps_per_epoch: int, words_per_epoch: int, words_before: int = 0
+    ) -> Schedule:
         return Schedule(
             phases=parse(self.schedule),
             steps_per_epoch=steps_per_epoch,
@@ -189,6 +210,7 @@ class Settings:
             mask_start=self.mask_start,
             mask_end=self.mask_end,
             words_per_epoch=words_per_epoch,
+            words_before=words_before,
         )
 
 
@@ -235,6 +257,42 @@ def loss_factors(
     for objective in scoring:
         factors[objective] = n_rows[objective] / total_rows / n_scored[objective]
     return factors
+
+
+def open_checkpoint(run: RunFolder, s: Settings, corpus: Corpus) -> dict:
+    """Return what training begins with: the run's newest checkpoint, else another run's weights.
+
+    Empty for a run that starts from scratch.
+    """
+    content = run.newest(s, FREE, corpus)
+    if content is None and s.init_from:
+        content = load_source(s.init_from, s.model_config(corpus.vocab_size), corpus)
+    if content is None:
+        content = {}
+    s.check_babylm_rules(content.get("history", []))
+    return content
+
+
+def open_batches(s: Settings, corpus: Corpus) -> tuple[Batches, Batches]:
+    """Return the batches of training, and those of the dev text, which no seed changes."""
+    train_batches = Batches(
+        corpus.train,
+        corpus.vocab_size,
+        s.block_size,
+        s.batch_rows,
+        s.seed,
+        max_mask_rate=max(s.mask_start, s.mask_end),
+        mask_span=s.mask_span,
+    )
+    dev_batches = Batches(
+        corpus.dev,
+        corpus.vocab_size,
+        s.block_size,
+        s.eval_rows,
+        seed=0,
+        max_mask_rate=s.eval_mask_rate,
+    )
+    return train_batches, dev_batches
 
 
 @torch.no_grad()
@@ -327,30 +385,25 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     corpus = open_corpus(s)
     run = RunFolder(s.out_dir, processes, s.resume)  # locked until this process ends
 
-    # ------------------------------------- what happens at a step is a function of its number alone
-    batches = Batches(
-        corpus.train,
-        corpus.vocab_size,
-        s.block_size,
-        s.batch_rows,
-        s.seed,
-        max_mask_rate=max(s.mask_start, s.mask_end),
-        mask_span=s.mask_span,
-    )
-    dev = Batches(
-        corpus.dev, corpus.vocab_size, s.block_size, s.eval_rows, 0, max_mask_rate=s.eval_mask_rate
-    )
-    schedule = s.make_schedule(batches.steps_per_epoch, corpus.meta["train"]["words"])
-
-    # --------------------------------------------- model and optimizers, new or from the checkpoint
+    # ------------------------------------------- weights to begin with: of a checkpoint, or random
+    content = open_checkpoint(run, s, corpus)
+    history = content.get("history", [])  # runs that this one was started from
     torch.manual_seed(s.seed)
-    checkpoint = run.newest(s, FREE, corpus)
-    model = Transformer(s.model_config(corpus.vocab_size))
-    model = model.to(device).train()
+    vocab_size = corpus.vocab_size
+    if content:
+        vocab_size = content["config"]["vocab_size"]  # an imported model's may be padded
+    model = Transformer(s.model_config(vocab_size)).to(device).train()
     optimizers = make_optimizers(model, s, device)
-    start, logged = restore(checkpoint, run.path, model, optimizers)
-    checkpoint = None  # its memory is free again
-    run.begin(s, corpus, schedule, start)
+    start, logged = restore(content, run.path, model, optimizers)
+    content = None  # its memory is free again
+
+    # ------------------------------------- what happens at a step is a function of its number alone
+    batches, dev = open_batches(s, corpus)
+    words_before = 0
+    if history:
+        words_before = history[-1]["words"] or 0
+    schedule = s.make_schedule(batches.steps_per_epoch, corpus.meta["train"]["words"], words_before)
+    run.begin(s, corpus, schedule, start, history)
 
     # ---------------------------------------------------------- precision, compilation, parallelism
     bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and has_fast_bfloat16(device))

@@ -138,6 +138,17 @@ class LoadedRun:
         return self.settings["schedule"]
 
     @property
+    def history(self) -> list[dict]:
+        """The runs whose weights this one was started from (init_from), the oldest first."""
+        return self.content.get("history", [])
+
+    @property
+    def full_schedule(self) -> str:
+        """The schedules of those runs and of this one: all that the model has been trained with."""
+        schedules = [entry["schedule"] for entry in self.history]
+        return "+".join([*schedules, self.schedule])
+
+    @property
     def block_size(self) -> int:
         return self.settings["block_size"]
 
@@ -166,27 +177,57 @@ def load_run(path: str, device: str | torch.device = "cpu") -> LoadedRun:
     return LoadedRun(file, content, load_model(content, device, file), tokenizer)
 
 
+def load_source(path: str, config: ModelConfig, corpus) -> dict:
+    """Return what a new run takes from another one (init_from): its weights and its history.
+
+    path: run folder or checkpoint; config: the sizes of the new run
+    Raises UserError that names the size, or the tokenizer, which is not the same.
+    """
+    source = load_run(path)
+    require(
+        source.tokenizer.sha256 == corpus.tokenizer.sha256,
+        f"init_from = {path}: was trained with another tokenizer than {corpus.folder} has; prepare "
+        f"the text again with --tokenizer={source.path.parent / 'tokenizer.json'}",
+    )
+    for name, value in asdict(config).items():
+        # dropout is no size, and a padded vocabulary is larger than the tokenizer's
+        if name not in ("dropout", "vocab_size"):
+            value_there = getattr(source.model.config, name)
+            require(
+                value_there == value,
+                f"init_from = {path}: was trained with {name}={value_there!r}, not {value!r}",
+            )
+    entry = {
+        "path": str(source.path),
+        "sha256": file_sha256(source.path),
+        "schedule": source.schedule,
+        "words": source.content.get("words"),
+    }
+    return {
+        "config": source.content["config"],
+        "model": source.content["model"],
+        "history": [*source.history, entry],
+    }
+
+
 # ----------------------------------------------------------------------------------- the run folder
 
 
-def restore(
-    content: dict | None, path: Path, model: Transformer, optimizers: list
-) -> tuple[int, dict]:
+def restore(content: dict, path: Path, model: Transformer, optimizers: list) -> tuple[int, dict]:
     """Put weights and optimizers back; return the steps done and the state of the log.
 
-    content: of the checkpoint; None for a new run, of which no step is done
-
+    content: of the run's checkpoint, of load_source, or empty for a run from scratch
     Raises UserError, which begins with `path`, where they do not fit this model and optimizer.
     """
-    if content is None:
-        return 0, {}
     try:
-        model.load_state_dict(content["model"])
-        for optimizer, state in zip(optimizers, content["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
+        if "model" in content:
+            model.load_state_dict(content["model"])
+        if "optimizer" in content:
+            for optimizer, state in zip(optimizers, content["optimizer"], strict=True):
+                optimizer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this train.py ({one_line(error)})") from None
-    return content["step"], content.get("log", {})
+    return content.get("step", 0), content.get("log", {})
 
 
 class RunFolder:
@@ -265,6 +306,11 @@ class RunFolder:
             )
             return None
 
+        require(
+            content["optimizer"],
+            f"{path}: holds no optimizer, as imported models do; start a new run from it with "
+            f"--init_from={path} and another --out_dir",
+        )
         saved = asdict(type(settings)()) | content["settings"]  # an older run lacks newer settings
         for name, value in asdict(settings).items():
             require(
@@ -279,9 +325,10 @@ class RunFolder:
             )
         return content
 
-    def begin(self, settings, corpus, schedule, step: int):
+    def begin(self, settings, corpus, schedule, step: int, history: list[dict]):
         """Write down what this run is, and drop the metrics of steps that will be done again."""
         self.settings = settings
+        self.history = history
         self.schedule = schedule
         self.identity = identity(corpus)
         last_dev = 0
@@ -347,6 +394,7 @@ class RunFolder:
             step=step,
             words=self.schedule.words(step),
             settings=asdict(self.settings),
+            history=self.history,
             optimizer=[optimizer.state_dict() for optimizer in optimizers],
             **self.identity,
             **content,

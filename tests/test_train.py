@@ -470,6 +470,7 @@ def test_a_machine_that_is_busy_with_other_work_is_mentioned():
 
 # Settings that make it another run; all others may change when a run goes on.
 OTHER = {
+    "init_from": "runs/other",
     "backbone": "ltg_bert",
     "n_layer": 1,
     "n_head": 1,
