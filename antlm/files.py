@@ -205,7 +205,38 @@ def sync_folder(folder: Path):
 def write_json(path: Path, content: dict):
     """Write plain data as indented JSON in UTF-8; raises OSError that names the path."""
     text = json.dumps(content, ensure_ascii=False, indent=1)
-    write_whole(path, lambda file: file.write(text.encode()))
+    # bytes of a file's name that are not UTF-8 become escapes, which JSON reads back
+    raw = text.encode(errors="backslashreplace")
+    write_whole(path, lambda file: file.write(raw))
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Return the hidden folder beside a folder in which this process makes it.
+
+    Those that killed processes have left behind are removed.
+    """
+    pattern = rf"\.{re.escape(folder.name)}\.(\d{{1,9}})\.unfinished"
+    for leftover in folder.parent.glob(".*.unfinished"):
+        match = re.fullmatch(pattern, leftover.name)
+        if match and not is_running(int(match[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+
+
+def is_running(process: int) -> bool:
+    """Return whether another process has this number."""
+    if process == os.getpid():
+        return False  # in a container a program gets the same number at each start
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # it is another user's
+    return True
+
+
+# --------------------------------------------------------------------------------------- progress
 
 
 class Progress:

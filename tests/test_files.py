@@ -288,6 +288,12 @@ def test_json_replaces_a_file_and_reads_back(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
+def test_json_holds_file_names_that_are_not_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "x.json", {"name": name})
+    assert json.loads((tmp_path / "x.json").read_text("utf-8")) == {"name": name}
+
+
 def test_progress_says_how_long_the_rest_takes(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr("time.time", lambda: clock[0])
