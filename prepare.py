@@ -2,9 +2,9 @@
 
     python prepare.py TEXT... --dev TEXT... --out corpora/babylm --vocab_size 16384
 
-TEXT is a file or a folder of .train, .dev or .txt files in UTF-8. The folder --out then holds
-tokenizer.json, train.bin and dev.bin (token ids, no header) and meta.json, which says what is
-in them.
+TEXT is a file or a folder of .train, .dev or .txt files in UTF-8, plain or as .gz. The folder --out
+then holds tokenizer.json, train.bin and dev.bin (token ids, no header) and meta.json, which says
+what is in them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from antlm.files import Progress, write_json
+from antlm.files import Progress, find_files, open_text, unfinished_folder, write_json
 from antlm.tokenizer import (
     BOUNDARIES,
     PATTERN,
@@ -29,9 +29,10 @@ from antlm.tokenizer import (
     save_tokenizer,
     train_bpe,
 )
-from config import UserError
+from config import UserError, require
 
 TEXT_SUFFIXES = (".train", ".dev", ".txt")
+GZIP_SUFFIXES = (".train.gz", ".dev.gz", ".txt.gz")
 BLOCK_BYTES = 1 << 22  # of text held in memory at a time
 
 
@@ -39,54 +40,92 @@ BLOCK_BYTES = 1 << 22  # of text held in memory at a time
 
 
 def text_files(paths: list[str]) -> list[Path]:
-    """Return the files named and, sorted, the text files in the folders named.
+    """Return the files named, which may end in anything, and the text files in the folders named.
 
     Raises UserError for a path that has none.
     """
     files = []
-    for path in map(Path, paths):
-        # a file that is named may end in anything
-        if path.is_file():
-            files.append(path)
-            continue
-        in_folder = [f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()]
-        if not in_folder:
-            problem = "holds no .train, .dev or .txt file" if path.is_dir() else "does not exist"
-            raise UserError(f"{path}: {problem}; name text files or folders of them")
-        files += sorted(in_folder)
+    for path in paths:
+        files += find_files(Path(path), TEXT_SUFFIXES + GZIP_SUFFIXES)
     return files
 
 
-def read_blocks(path: Path):
-    r"""Yield a text in blocks of whole lines, each ended by a newline.
+def check_texts(files: list[Path]):
+    """Raise UserError for a file that comes twice, in train or dev, and for one that is no text.
 
-    What Windows adds is dropped: a byte-order mark at the start, and the \r of \r\n.
-    Raises UserError at bytes that are not UTF-8.
+    Files that hold the same text may be meant, as short ones in a crawl; they are said on stderr.
+    """
+    first = {}
+    for file in files:
+        status = file.stat()
+        other = first.setdefault((status.st_dev, status.st_ino), file)
+        problem = "is named twice" if other == file else f"is the same file as {other}"
+        require(other is file, f"{file}: {problem}; name every text once, in train or in dev")
+
+    first = {}
+    copies = []
+    for file in files:
+        with open_text(file) as text:
+            digest = hashlib.file_digest(text, "sha256").digest()
+            is_empty = text.tell() == 0
+        other = first.setdefault(digest, file)
+        if other is not file and not is_empty:
+            copies.append(f"{file} that of {other}")
+    if copies:
+        message = f"{len(copies)} file(s) hold the text of another: first {copies[0]}"
+        print(message, file=sys.stderr, flush=True)
+
+
+def text_bytes(files: list[Path]) -> int:
+    """Return how many bytes of text files hold, unpacked."""
+    total = 0
+    for path in files:
+        with open_text(path) as text:
+            total += text.seek(0, os.SEEK_END)
+    return total
+
+
+def whole_lines(file):
+    r"""Yield the bytes of a file in blocks of whole lines, whether they end in \n, \r\n or \r."""
+    parts = []  # of a line that is longer than a block
+    while part := file.read(BLOCK_BYTES):
+        # not behind a \r that stands at the end, since a \n may follow
+        end = max(part.rfind(b"\n"), part.rstrip(b"\r").rfind(b"\r")) + 1
+        if end == 0:
+            parts.append(part)
+            continue
+        yield b"".join([*parts, part[:end]])
+        parts = [part[end:]]
+    if any(parts):
+        yield b"".join(parts)
+
+
+def read_blocks(path: Path):
+    r"""Yield a text in blocks of whole lines, each ended by a \n.
+
+    A line may also end in \r\n, in \r\r\n (an \r\n that Windows has written as text) or in \r. A
+    byte-order mark at the start is dropped. Raises UserError at bytes that are not UTF-8.
     """
     offset = 0
-    with open(path, "rb") as file:
-        while block := b"".join(file.readlines(BLOCK_BYTES)):
-            # UTF-8 has no newline inside a character, so whole lines are whole characters
+    with open_text(path) as file:
+        for block in whole_lines(file):
+            # UTF-8 has no \n or \r inside a character, so whole lines are whole characters
             try:
                 text = block.decode()
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}: byte {offset + error.start} is not valid UTF-8 "
-                    f"(0x{block[error.start]:02x}); convert the file, e.g. with iconv -t utf-8"
+                    f"(0x{block[error.start]:02x}); convert the file, e.g. with "
+                    "iconv -f windows-1252 -t UTF-8"
                 ) from None
 
-            # what Windows adds
             if offset == 0:
                 text = text.removeprefix("\ufeff")
-            text = text.replace("\r\n", "\n")
+            text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
             if not text.endswith("\n"):
                 text += "\n"
             yield text
             offset += len(block)
-
-
-def total_bytes(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
 
 
 def count_pieces(files: list[Path]) -> Counter:
@@ -94,7 +133,7 @@ def count_pieces(files: list[Path]) -> Counter:
     # training needs no more of the text than this: pieces repeat, so 10M words are about 180,000
     counts = Counter()
     find_pieces = regex.compile(PATTERN).findall
-    progress = Progress("counting words", total_bytes(files))
+    progress = Progress("counting words", text_bytes(files))
     done = 0
     for path in files:
         for block in read_blocks(path):
@@ -157,7 +196,7 @@ def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: s
         "dtype": tokenizer.dtype.name,
         "tokens": 0,
         "words": 0,
-        "bytes": total_bytes(files),
+        "bytes": text_bytes(files),
         "documents": 0,
         "max_id": 0,
         "files": [],  # where each begins, so that a curriculum can tell sources apart
@@ -230,10 +269,11 @@ def prepare(
     dev_files = text_files(dev)
     if folder.exists():
         raise UserError(f"{folder}: exists already; remove it or choose another --out")
+    check_texts([*train_files, *dev_files])
 
     # work in a hidden folder beside it, renamed at the end
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished = unfinished_folder(folder)
     unfinished.mkdir()
     try:
         if tokenizer:

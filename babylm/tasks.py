@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from antlm.files import START_BYTES, find_files, refuse_other_kinds
 from config import UserError, require
 
 
@@ -105,11 +106,13 @@ def check_field(record: dict, field: str, source: str):
 def json_lines(path: Path, limit: int = 0) -> list[tuple[str, dict]]:
     """Read the first `limit` lines of a file that are not blank, 0: all.
 
-    Returns file:line and the JSON object of each. Raises UserError for an empty file and for a
-    line that is no JSON object.
+    Returns file:line and the JSON object of each. Raises UserError for an empty file, for one that
+    is no text and for a line that is no JSON object.
     """
+    raw = path.read_bytes()
+    refuse_other_kinds(path, raw[:START_BYTES])
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(raw.splitlines(), start=1):
         if not line.strip():
             continue
         source = f"{path}:{number}"
@@ -161,12 +164,8 @@ def read_tasks(path: str | Path, limit: int = 0, protocol: str = "2025") -> list
     Each folder in it that holds .jsonl files is a task of its own. Files of no known kind are
     skipped with a message. Raises UserError where no item is found.
     """
-    # which files
     root = Path(path)
-    require(root.exists(), f"{root}: does not exist; name a .jsonl file or a folder of them")
-    files = [root]
-    if root.is_dir():
-        files = sorted(root.rglob("*.jsonl"))
+    files = find_files(root, (".jsonl",))
 
     # their items; a file in the folder itself belongs to a task of the folder's name
     items = []

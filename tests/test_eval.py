@@ -1,5 +1,6 @@
 """Scores against a plain reference, task files, results: python -m pytest tests/test_eval.py"""
 
+import gzip
 import itertools
 import json
 import os
@@ -353,6 +354,38 @@ def test_lines_may_be_blank_and_end_in_crlf_and_a_limit_counts_the_others(tmp_pa
     assert [item.source for item in items] == [f"{tmp_path}/x.jsonl:2", f"{tmp_path}/x.jsonl:4"]
 
 
+@pytest.mark.parametrize("newline", [b"\r", b"\r\n", b"\r\r\n"], ids=repr)
+def test_lines_end_as_on_any_system(tmp_path, newline):
+    path = write_pairs(tmp_path / "x.jsonl")
+    items = read_tasks(path)
+    path.write_bytes(path.read_bytes().replace(b"\n", newline))
+    assert fingerprint(read_tasks(path)) == fingerprint(items)
+
+
+def test_hidden_copies_are_left_out_and_linked_folders_read_once(tmp_path, capsys):
+    root = tmp_path / "tasks"
+    elsewhere = tmp_path / "elsewhere" / "supplement"
+    path = write_pairs(root / "blimp" / "a.jsonl")
+    write_pairs(elsewhere / "b.jsonl")
+    copy = root / "blimp" / ".ipynb_checkpoints" / "a-checkpoint.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(path.read_bytes())
+    (root / "blimp" / "._a.jsonl").write_bytes(b"\0\5\x16\7\0\2\0\0")
+    (root / "supplement").symlink_to(elsewhere)
+    (root / "again").symlink_to("blimp")
+    (root / "a.jsonl.gz").touch()
+    items = read_tasks(root)
+    assert sorted({(item.task, item.subset) for item in items}) == [
+        ("blimp", "a"),
+        ("supplement", "b"),
+    ]
+    assert len(items) == 2 * len(PAIRS)
+    assert capsys.readouterr().err == (
+        f"{root}: left out 1 ending in .gz (first a.jsonl.gz), "
+        "2 hidden (first blimp/._a.jsonl), 1 read already under another name (first again)\n"
+    )
+
+
 @needs_blimp
 @pytest.mark.slow
 def test_the_real_blimp_is_read():
@@ -373,6 +406,8 @@ BAD_FILES = {
     b"{broken": "t.jsonl:1: not JSON",
     b'{"sentence_good": "x", "sentence_bad": "\xff"}': "t.jsonl:1: not JSON in UTF-8",
     b"[1, 2]": "t.jsonl:1: a JSON object",
+    gzip.compress(b"{}"): "t.jsonl: is compressed by gzip, not text",
+    '{"sentence_good": "x"}\n'.encode("utf-16"): "t.jsonl: is text in UTF-16, not UTF-8",
     b'{"sentence_good": "x"}': "t.jsonl:1: the field 'sentence_bad' is missing",
     b'{"sentence_good": "x", "sentence_bad": "y"}\n{"sentence_good": 3, "sentence_bad": "y"}': (
         "t.jsonl:2: the field 'sentence_good' must be text, not '3'"
@@ -613,7 +648,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, make_run):
     task = write_pairs(tmp_path / "x.jsonl")
     (tmp_path / "nothing").mkdir()
     assert "does not exist" in error(run, "--task", tmp_path / "no.jsonl")
-    assert "0 .jsonl file" in error(run, "--task", tmp_path / "nothing")
+    assert "holds no .jsonl file" in error(run, "--task", tmp_path / "nothing")
     assert "--limit -1" in error(run, "--task", task, "--limit", "-1")
     assert "--out" in error(run, "--task", task, "--out", tmp_path / "no" / "x.json")
     assert "no whole checkpoint" in error(tmp_path / "nothing", "--task", task)

@@ -6,12 +6,16 @@
 Token files must agree with a few lines of plain Python that place the starts line by line.
 """
 
+import gzip
 import hashlib
+import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import experiment
 import numpy as np
 import pytest
 
@@ -31,6 +35,7 @@ In March the ice went from the pond and the ducks came back to the pond .
 Zwölf Enten schwimmen über den See , 十二只鸭子 , naïve café .
 """
 GOOD = "look at the ducks on the ice\n"
+GOOD_DEV = "look at the ice on the pond\n"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def write_texts(folder: Path, split: str, texts: list) -> list[str]:
     return paths
 
 
-def make_corpus(folder: Path, train: list, dev: list = (GOOD,), **options) -> Corpus:
+def make_corpus(folder: Path, train: list, dev: list = (GOOD_DEV,), **options) -> Corpus:
     """Prepare a corpus in folder/corpus from these texts."""
     folder.mkdir(exist_ok=True)
     train_paths = write_texts(folder, "train", train)
@@ -80,7 +85,7 @@ def plain_corpus(texts: list[str], boundary: str) -> tuple[str, int]:
     n_documents = 0
     for text in texts:
         opens_document = True
-        for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):
+        for line in re.sub("\r{0,2}\n|\r", "\n", text).removesuffix("\n").split("\n"):
             if line == "":
                 opens_document = True
                 continue
@@ -154,25 +159,48 @@ def test_starts_stand_where_plain_python_puts_them(
 
 @pytest.mark.parametrize("text", ["a\n", "ab\n", "abc\n", "?", "x\n\ny\n"])
 def test_a_text_shorter_than_a_heading_of_byte_tokens(tmp_path, text):
-    corpus = make_corpus(tmp_path, [text], [text], vocab_size=260)
+    corpus = make_corpus(tmp_path, [text], vocab_size=260)
     assert decode(corpus) == plain_corpus([text], "line")[0]
 
 
 @pytest.mark.parametrize("block_bytes", [3, prepare.BLOCK_BYTES])
-def test_files_from_windows_read_as_others(tmp_path, monkeypatch, tokenizer_path, block_bytes):
-    r"""A byte-order mark is no text, \r\n is a newline; a \r alone stays what it is."""
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("newline", ["\r\n", "\r\r\n", "\r"], ids=repr)
+def test_line_ends_and_marks_of_other_systems_read_as_ours(
+    tmp_path, monkeypatch, tokenizer_path, newline, boundary, block_bytes
+):
     monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
-    text = "= = = Pond = = =\n\n\nthe ducks\n \nnaïve\r duck\nthe \ufeff end"
-    windows_text = "\ufeff" + text.replace("\n", "\r\n")
-    options = {"tokenizer": str(tokenizer_path)}
-    unix = make_corpus(tmp_path / "unix", [text], [text], **options)
-    windows = make_corpus(tmp_path / "windows", [windows_text], [windows_text], **options)
-    assert decode(unix) == "<s>= = = Pond = = =<s>the ducks<s> <s>naïve\r duck<s>the \ufeff end"
-    assert np.array_equal(windows.train, unix.train)
-    assert np.array_equal(windows.dev, unix.dev)
-    for corpus in (unix, windows):
+    text = "= = = Pond = = =\n\n\nthe ducks\n \nnaïve duck\n\nthe \ufeff end"
+    others_text = "\ufeff" + text.replace("\n", newline)
+    options = {"tokenizer": str(tokenizer_path), "boundary": boundary}
+    unix = make_corpus(tmp_path / "unix", [text], **options)
+    other = make_corpus(tmp_path / "other", [others_text], **options)
+    assert decode(unix) == plain_corpus([text], boundary)[0]
+    assert np.array_equal(other.train, unix.train)
+    for corpus in (unix, other):
         assert corpus.meta["train"]["words"] == 14
-        assert corpus.meta["train"]["documents"] == 2
+        assert corpus.meta["train"]["documents"] == 3
+
+
+def test_lines_that_end_in_carriage_returns_come_in_blocks(tmp_path, monkeypatch):
+    """A text from an old Mac has no other line ends, and must not be held in memory as one line."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 64)
+    (tmp_path / "mac.txt").write_bytes(b"the ducks\r" * 1000)
+    blocks = list(prepare.read_blocks(tmp_path / "mac.txt"))
+    assert "".join(blocks) == "the ducks\n" * 1000
+    assert max(map(len, blocks)) < 2 * 64
+
+
+def test_no_line_end_is_cut_in_two(tmp_path, monkeypatch):
+    rng = random.Random(1)
+    for _ in range(300):
+        lines = rng.choices(["a", "é duck", "世界"], k=rng.randrange(1, 9))
+        text = "".join(line + rng.choice(["\n", "\r", "\r\n", "\r\r\n"]) for line in lines)
+        (tmp_path / "x.txt").write_bytes(text.encode())
+        monkeypatch.setattr(prepare, "BLOCK_BYTES", rng.randrange(1, 9))
+        blocks = list(prepare.read_blocks(tmp_path / "x.txt"))
+        assert "".join(blocks) == "\n".join(lines) + "\n"
+        assert all(block.endswith("\n") for block in blocks)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -240,12 +268,13 @@ def test_a_folder_of_texts_gives_the_same_bytes_every_time(tmp_path):
     (text / "sub" / "c.dev").write_text("third\n")
     (text / "a.train").write_text("first\n")
     (text / "notes.md").write_text("not text\n")
+    (tmp_path / "dev").write_text("a file that is named may end in anything\n")
     for out in ("one", "two"):
-        arguments = [str(text)], [str(text / "b.txt")], str(tmp_path / out)
+        arguments = [str(text)], [str(tmp_path / "dev")], str(tmp_path / out)
         prepare.prepare(*arguments, vocab_size=265, boundary="none")
     corpus = Corpus(tmp_path / "one")
     assert decode(corpus) == "first\nsecond\nthird\n"
-    assert decode(corpus, "dev") == "second\n"
+    assert decode(corpus, "dev") == "a file that is named may end in anything\n"
     for name in ("tokenizer.json", "train.bin", "dev.bin", "meta.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -293,20 +322,20 @@ def test_fewer_tokens_than_asked_for_are_announced(tmp_path, capsys):
 
 
 BAD_TEXTS = {  # training texts, development text, what the line must say
-    "empty": ([""], GOOD, ["0.train", "no words"]),
-    "blank lines": (["\n \n\t\r\n"], GOOD, ["0.train", "no words"]),
+    "empty": ([""], GOOD_DEV, ["0.train", "no words"]),
+    "blank lines": (["\n \n\t\r\n"], GOOD_DEV, ["0.train", "no words"]),
     "empty dev": ([GOOD], "\n" * 9, ["0.dev", "no words"]),
-    "not UTF-8": ([b"duck\n\xff\n"], GOOD, ["0.train", "byte 5 "]),
-    "in a later block": ([b"duck\n" * 20 + b"du\xe4ck\n"], GOOD, ["0.train", "byte 102 "]),
-    "in a long line": ([b"duck " * 20 + b"\xc0"], GOOD, ["0.train", "byte 100 "]),
-    "in the second file": ([GOOD, b"\n\n\x80"], GOOD, ["1.train", "byte 2 "]),
-    "cut at the end": (["ducks 世".encode()[:-1]], GOOD, ["0.train", "byte 6 "]),
+    "not UTF-8": ([b"duck\n\xff\n"], GOOD_DEV, ["0.train", "byte 5 "]),
+    "in a later block": ([b"duck\n" * 20 + b"du\xe4ck\n"], GOOD_DEV, ["0.train", "byte 102 "]),
+    "in a long line": ([b"duck " * 20 + b"\xc0"], GOOD_DEV, ["0.train", "byte 100 "]),
+    "in the second file": ([GOOD, b"\n\n\x80"], GOOD_DEV, ["1.train", "byte 2 "]),
+    "cut at the end": (["ducks 世".encode()[:-1]], GOOD_DEV, ["0.train", "byte 6 "]),
     "not UTF-8 in dev": ([GOOD], b"quack\n\xff", ["0.dev", "byte 6 "]),
 }
 
 
 def folders_in(path: Path) -> list[Path]:
-    return [entry for entry in path.iterdir() if entry.is_dir()]
+    return sorted(entry for entry in path.iterdir() if entry.is_dir())
 
 
 @pytest.mark.parametrize("train, dev, expected", BAD_TEXTS.values(), ids=BAD_TEXTS)
@@ -327,6 +356,76 @@ def test_a_bad_byte_beyond_a_full_block_has_its_offset(tmp_path):
         list(prepare.read_blocks(tmp_path / "long.txt"))
 
 
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """A folder of two texts, one for development, and other names for the first of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.train").write_text(GOOD)
+    (tmp_path / "text" / "b.train").write_text(TEXT, "utf-8")
+    (tmp_path / "d.dev").write_text(GOOD_DEV)
+    (tmp_path / "copy.txt").write_text(GOOD)
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(GOOD.encode()))
+    (tmp_path / "link.txt").symlink_to("text/a.train")
+    (tmp_path / "linked").symlink_to("text")
+    os.link(tmp_path / "d.dev", tmp_path / "e.dev")
+    return tmp_path
+
+
+REPEATED = {  # TEXT..., --dev TEXT..., how the line begins
+    "named twice": ("text/a.train text/a.train", "d.dev", "text/a.train: is named twice;"),
+    "named with a dot": (
+        "text/a.train text/../text/a.train",
+        "d.dev",
+        "text/../text/a.train: is the same file as text/a.train;",
+    ),
+    "folder and file": ("text text/b.train", "d.dev", "text/b.train: is named twice;"),
+    "folder twice": ("text text", "d.dev", "text/a.train: is named twice;"),
+    "linked folder": ("text linked", "d.dev", "linked/a.train: is the same file as text/a.train;"),
+    "link": ("text/a.train link.txt", "d.dev", "link.txt: is the same file as text/a.train;"),
+    "dev in train": ("text", "text/b.train", "text/b.train: is named twice;"),
+    "link to train": ("text", "link.txt", "link.txt: is the same file as text/a.train;"),
+    "train is dev": ("text", "text", "text/a.train: is named twice;"),
+    "dev twice": ("text", "d.dev e.dev", "e.dev: is the same file as d.dev;"),
+}
+
+
+@pytest.mark.parametrize("train, dev, line", REPEATED.values(), ids=REPEATED)
+def test_a_text_that_comes_twice_is_named(texts, train, dev, line):
+    with pytest.raises(UserError) as error:
+        prepare.prepare(train.split(), dev.split(), "corpus", vocab_size=300)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+    assert folders_in(texts) == [texts / "linked", texts / "text"]
+
+
+COPIES = {  # TEXT..., --dev TEXT..., what is said
+    "none": ("text", "d.dev", ""),
+    "copy": (
+        "text copy.txt",
+        "d.dev",
+        "1 file(s) hold the text of another: first copy.txt that of text/a.train\n",
+    ),
+    "compressed, and in dev": (
+        "text packed.gz",
+        "d.dev copy.txt",
+        "2 file(s) hold the text of another: first packed.gz that of text/a.train\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("train, dev, line", COPIES.values(), ids=COPIES)
+def test_copies_of_a_text_are_said(texts, capsys, train, dev, line):
+    prepare.prepare(train.split(), dev.split(), "corpus", vocab_size=300)
+    assert capsys.readouterr().err == line
+
+
+def test_empty_files_are_no_copies(tmp_path, tokenizer_path, capsys):
+    corpus = make_corpus(tmp_path, ["", GOOD, ""], ["", GOOD_DEV], tokenizer=str(tokenizer_path))
+    assert decode(corpus) == "<s>" + GOOD.strip()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
     with pytest.raises(UserError, match="--vocab_size 259: must be at least 260"):
         make_corpus(tmp_path, [GOOD], vocab_size=259)
@@ -340,6 +439,138 @@ def test_missing_text_and_a_folder_without_text_are_named(tmp_path, name):
     with pytest.raises(UserError) as error:
         prepare.text_files([str(tmp_path / name)])
     assert str(error.value).startswith(f"{tmp_path / name}: ")
+
+
+# ------------------------------------------------------------------------ compressed text and pipes
+
+
+def test_gz_files_read_as_what_they_hold(tmp_path, monkeypatch, tokenizer_path):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 64)
+    plain = tmp_path / "plain"
+    packed = tmp_path / "packed"
+    for folder in (plain, packed):
+        folder.mkdir()
+    (plain / "a.train").write_text(TEXT * 30, "utf-8")
+    (plain / "b.txt").write_text(GOOD)
+    # gzip files may be written one behind the other
+    members = [gzip.compress(TEXT.encode()) for _ in range(30)]
+    (packed / "a.train.gz").write_bytes(b"".join(members))
+    (packed / "b.txt.gz").write_bytes(gzip.compress(GOOD.encode()))
+    (tmp_path / "dev.txt").write_text(GOOD_DEV)
+    (tmp_path / "dev.gz").write_bytes(gzip.compress(GOOD_DEV.encode()))
+
+    options = {"tokenizer": str(tokenizer_path)}
+    folders = str(tmp_path / "one"), str(tmp_path / "two")
+    one = prepare.prepare([str(plain)], [str(tmp_path / "dev.txt")], folders[0], **options)
+    two = prepare.prepare([str(packed)], [str(tmp_path / "dev.gz")], folders[1], **options)
+    for split in ("train", "dev"):
+        for key in ("sha256", "tokens", "words", "bytes", "documents"):
+            assert one[split][key] == two[split][key]
+    assert two["train"]["bytes"] == len((TEXT * 30 + GOOD).encode())
+
+
+def flip_a_bit(raw: bytes) -> bytes:
+    middle = len(raw) // 2
+    return raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
+
+
+DAMAGES = {
+    "cut": lambda raw: raw[:-20],
+    "cut in its checksum": lambda raw: raw[:-3],
+    "cut in its header": lambda raw: raw[:5],
+    "a bit flipped": flip_a_bit,
+    "wrong checksum": lambda raw: raw[:-8] + b"abcd" + raw[-4:],
+    "more behind it": lambda raw: raw + b"more",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("n_words", [10, 100_000])
+def test_a_damaged_gz_is_one_line(tmp_path, damage, n_words):
+    words = " ".join(random.Random(1).choices(["duck", "pond", "ice", "quack"], k=n_words))
+    raw = damage(gzip.compress(words.encode()))
+    with pytest.raises(UserError) as error:
+        make_corpus(tmp_path, [raw], vocab_size=300)
+    assert str(error.value).startswith(f"{tmp_path}/0.train: is damaged or cut short (")
+    assert "\n" not in str(error.value)
+    assert folders_in(tmp_path) == []
+
+
+def test_a_pipe_is_refused_as_a_pipe(tmp_path):
+    """As in prepare.py <(zcat x.gz), which bash replaces by /dev/fd/63."""
+    read_end, write_end = os.pipe()
+    os.mkfifo(tmp_path / "named.train")
+    for path in (f"/dev/fd/{read_end}", f"{tmp_path}/named.train"):
+        with pytest.raises(UserError, match=f"^{path}: is a pipe or a device, "):
+            prepare.text_files([path])
+    os.close(read_end)
+    os.close(write_end)
+
+
+# ------------------------------------------------------------- slices of text, for an experiment
+
+
+def slicing_spec(folder: Path, **settings) -> experiment.Spec:
+    """Return a spec that makes a corpus of every second block of lines."""
+    folders = {"out": str(folder / "out"), "corpus": str(folder / "corpus")}
+    return experiment.Spec(arms={"a": {}}, slice=2, vocab_size=270, **folders, **settings)
+
+
+def test_slices_are_cut_at_any_line_end_and_out_of_gz_files(tmp_path):
+    lines = [f"line {i} of words" for i in range(450)]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "mac.train").write_bytes("\r".join(lines).encode())
+    unix = "\n".join(["another text", *lines[1:]])
+    (tmp_path / "text" / "unix.train.gz").write_bytes(gzip.compress(unix.encode()))
+    (tmp_path / "d.dev").write_text(GOOD_DEV)
+    spec = slicing_spec(tmp_path, text=str(tmp_path / "text"), dev=str(tmp_path / "d.dev"))
+    experiment.make_corpus(spec)
+    corpus = Corpus(spec.corpus)
+    kept = "<s>".join(["", *lines[:100], *lines[200:300], *lines[400:]])
+    assert decode(corpus) == kept + kept.replace(lines[0], "another text", 1)
+
+
+def test_a_file_of_any_name_can_be_sliced(tmp_path):
+    (tmp_path / "text.raw").write_text("the ducks swim\n" * 450)
+    (tmp_path / "d.dev").write_text(GOOD_DEV)
+    spec = slicing_spec(tmp_path, text=str(tmp_path / "text.raw"), dev=str(tmp_path / "d.dev"))
+    experiment.make_corpus(spec)
+    assert Corpus(spec.corpus).meta["train"]["words"] == 3 * 250
+
+
+def test_dev_text_inside_sliced_text_is_refused(texts):
+    """prepare.py could not tell, since it is given the slice."""
+    spec = slicing_spec(texts, text="text", dev="text/b.train")
+    with pytest.raises(UserError, match="^text/b.train: is named twice; "):
+        experiment.make_corpus(spec)
+
+
+# ---------------------------------------------------------------------------------- other mistakes
+
+
+def test_what_killed_calls_left_behind_is_removed(tmp_path, tokenizer_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".corpus.{dead.pid}", f".corpus.{os.getpid()}"):
+        (tmp_path / f"{name}.unfinished").mkdir()
+        (tmp_path / f"{name}.unfinished" / "train.bin").touch()
+    alive = f".corpus.{os.getppid()}.unfinished"
+    others = [f".corpus.{dead.pid}", f".more.corpus.{dead.pid}.unfinished", ".corpus.x.unfinished"]
+    for name in (alive, *others):
+        (tmp_path / name).mkdir()
+    make_corpus(tmp_path, [GOOD], tokenizer=str(tokenizer_path))
+    assert {path.name for path in folders_in(tmp_path)} == {"corpus", alive, *others}
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read(tmp_path, tokenizer_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.train"
+    with open(path, "w") as file:
+        file.write(GOOD)
+    (tmp_path / "d.dev").write_text(GOOD_DEV)
+    arguments = [os.fsdecode(path)], [str(tmp_path / "d.dev")], str(tmp_path / "corpus")
+    prepare.prepare(*arguments, tokenizer=str(tokenizer_path))
+    (file,) = Corpus(tmp_path / "corpus").meta["train"]["files"]
+    assert os.fsencode(file["name"]) == path
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
@@ -370,7 +601,8 @@ def run_program(folder: Path, *arguments) -> subprocess.CompletedProcess:
 def test_command_line(tmp_path):
     (tmp_path / "good.txt").write_text(TEXT, "utf-8")
     (tmp_path / "bad.txt").write_bytes(b"quack\n" + b"\xe9t\xe9\n")
-    arguments = ["--dev", "good.txt", "--out", "deep/corpus", "--vocab_size", 300]
+    (tmp_path / "dev.txt").write_text(GOOD_DEV)
+    arguments = ["--dev", "dev.txt", "--out", "deep/corpus", "--vocab_size", 300]
 
     failed = run_program(tmp_path, "bad.txt", *arguments)
     assert failed.returncode == 1

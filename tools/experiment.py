@@ -16,6 +16,8 @@ code is 0, 1 when a run failed, 128 + signal when stopped.
 """
 
 import fcntl
+import io
+import itertools
 import json
 import math
 import re
@@ -38,7 +40,7 @@ from babylm.results import read_result, write_result
 from babylm.tasks import read_tasks
 from config import UserError, require
 from data import Batches, Corpus
-from prepare import text_files
+from prepare import TEXT_SUFFIXES, check_texts, read_blocks, text_files
 from schedule import parse
 from train import FREE, Settings
 
@@ -163,16 +165,19 @@ class Run:
 # ----------------------------------------------------------------------------------- text and runs
 
 
-def slice_text(text: str, out: Path, every: int):
-    """Write the first of every so many blocks of lines of each text file into the folder out."""
+def slice_text(text: str, files: list[Path], out: Path, every: int):
+    """Write the first of every so many blocks of lines of each file of a text into a folder."""
     shutil.rmtree(out, ignore_errors=True)
-    for file in text_files([text]):
+    for file in files:
         part = out / file.name
         if Path(text).is_dir():
             part = out / file.relative_to(text)
+        if part.suffix not in TEXT_SUFFIXES:
+            part = part.with_name(f"{part.name}.txt")  # of a .gz, what it holds
         part.parent.mkdir(parents=True, exist_ok=True)
         # blocks, so that neighbouring lines stay together; spread out, so that all sources are in
-        with open(file, "rb") as lines, open(part, "wb") as kept:
+        lines = itertools.chain.from_iterable(map(io.StringIO, read_blocks(file)))
+        with open(part, "w", encoding="utf-8", newline="\n") as kept:
             for number, line in enumerate(lines):
                 if number // SLICE_LINES % every == 0:
                     kept.write(line)
@@ -183,7 +188,10 @@ def make_corpus(spec: Spec):
     text = spec.text
     if spec.slice > 1:
         text = f"{spec.out}/slice"
-        slice_text(spec.text, Path(text), spec.slice)
+        # prepare.py, which sees the slice alone, could not tell that the dev text is in it
+        files = text_files([spec.text])
+        check_texts([*files, *text_files([spec.dev])])
+        slice_text(spec.text, files, Path(text), spec.slice)
     command = [str(ROOT / "prepare.py"), text, "--dev", spec.dev, "--out", spec.corpus]
     command += ["--vocab_size", str(spec.vocab_size)]
     print(f"python {shlex.join(command)}", flush=True)
