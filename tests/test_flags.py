@@ -85,7 +85,7 @@ def questions(run: Trial) -> set[tuple]:
 
 def begins_with_space(run: Trial) -> bool:
     """Whether there is one between the start token and the text."""
-    tokenizer = Tokenizer(run.folder.parent / "run" / "tokenizer.json")
+    tokenizer = Tokenizer(run.folder.parent / "corpus" / "tokenizer.json")
     first = torch.cat([forward.tokens[:, 1] for forward in run.passes])
     return {tokenizer.decode([token]) for token in first.tolist()} == {" "}
 
@@ -148,7 +148,7 @@ def share_of_b(run: Trial) -> float:
 
 def prompts(run: Trial) -> tuple:
     """What the first sample begins with, and the tokens of the first pass."""
-    tokenizer = Tokenizer(run.folder.parent / "run" / "tokenizer.json")
+    tokenizer = Tokenizer(run.folder.parent / "corpus" / "tokenizer.json")
     tokens = run.passes[0].tokens[0].tolist()
     return samples(run)[0][:2], tokenizer.decode(tokens[1:])
 
