@@ -291,7 +291,8 @@ def compiled_passes(run: Trial) -> tuple:
 
 LTG = {"backbone": "ltg_bert"}
 MASKED = {"schedule": "2_MLM"}
-SPARSE = {"save_every": 1, "keep": 1}
+PHASES = {"schedule": "1_CLM+1_MLM"}
+SPARSE = {"keep": 1}
 
 TRAIN_ROWS = [
     # where from and where to
@@ -375,13 +376,8 @@ TRAIN_ROWS = [
     Row("eval_every", {0: [3, 6], 2: [2, 4, 6]}, dev_steps),
     Row("eval_rows", {8: {8}, 5: {5}}, rows_evaluated),
     Row("eval_mask_rate", {0.25: {32}, 0.5: {64}}, hidden_in_evaluation),
-    Row(
-        "save_every",
-        {1: [1, 2, 3, 4, 5, 6], 4: [3, 4, 6]},
-        saved_steps,
-        {"schedule": "1_CLM+1_MLM"},
-    ),
-    Row("keep", {1: [6], 3: [4, 5, 6]}, saved_steps, {"save_every": 1}),
+    Row("save_every", {1: [1, 2, 3, 4, 5, 6], 4: [3, 4, 6]}, saved_steps, PHASES),
+    Row("keep", {1: [3, 6], 2: [3, 5, 6]}, saved_steps, PHASES),
     Row("babylm_rules", {False: [6], True: [2, 6]}, saved_steps, SPARSE),
     Row("babylm_rules", {False: False, True: True}, is_refused, {"schedule": "11_CLM"}),
     # machine
