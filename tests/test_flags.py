@@ -35,6 +35,7 @@ from trials import (
     Row,
     Trial,
     as_program,
+    call_export,
     cases,
     devices,
     dtypes,
@@ -562,15 +563,8 @@ PLOT = Program(call_plot, dict(runs=("@run",), out="@out/a.png"), PLOT_ROWS, pos
 # -------------------------------------------------------- tools/export_hf.py and tools/import_hf.py
 
 
-def call_export(arguments: list[str]):
-    pytest.importorskip("transformers", reason="optional: pip install transformers")
-    import export_hf
-
-    as_program(export_hf.main, arguments)
-
-
 def call_import(arguments: list[str]):
-    pytest.importorskip("transformers", reason="optional: pip install transformers")
+    pytest.importorskip("safetensors", reason="optional: pip install safetensors")
     import import_hf
 
     as_program(import_hf.main, arguments)
@@ -659,7 +653,6 @@ SUBMIT = Program(
     SUBMIT_ROWS,
     positional=("run",),
 )
-
 
 # --------------------------------------------------------------------------------------- the tests
 
