@@ -263,8 +263,9 @@ def spans_are_long(run: Trial) -> bool:
     return statistics.mean(lengths) > 1.6
 
 
-def rows_evaluated(run: Trial) -> set[int]:
-    return {len(forward.tokens) for forward in run.evaluation}
+def rows_evaluated(run: Trial) -> float:
+    """For each of two objectives in each of two evaluations."""
+    return sum(len(forward.tokens) for forward in run.evaluation) / 4
 
 
 def steps_with(run: Trial, name: str) -> list[int]:
@@ -326,7 +327,8 @@ TRAIN_ROWS = [
     ),
     Row("block_size", {16: {16}, 12: {12}}, row_lengths),
     Row("batch_rows", {8: 8, 4: 4}, rows_in_a_step),
-    Row("micro_rows", {8: 8, 4: 4}, most_rows),
+    Row("micro_rows", {8: 8, 3: 3}, most_rows),
+    Row("micro_rows", {8: 8, 3: 8}, rows_evaluated),
     Row("mask_start", {0.125: [16] * 6, 0.25: [32, 28, 25, 22, 19, 16]}, hidden_tokens, MASKED),
     Row("mask_end", {0.125: [16] * 6, 0.25: [16, 19, 22, 25, 28, 32]}, hidden_tokens, MASKED),
     Row("mask_span", {1.0: False, 4.0: True}, spans_are_long, MASKED | {"mask_end": 0.5}),
@@ -374,7 +376,7 @@ TRAIN_ROWS = [
     # logs and checkpoints
     Row("log_every", {1: [1, 2, 3, 4, 5, 6], 4: [1, 4, 6]}, log_steps),
     Row("eval_every", {0: [3, 6], 2: [2, 4, 6]}, dev_steps),
-    Row("eval_rows", {8: {8}, 5: {5}}, rows_evaluated),
+    Row("eval_rows", {8: 8, 5: 5}, rows_evaluated),
     Row("eval_mask_rate", {0.25: {32}, 0.5: {64}}, hidden_in_evaluation),
     Row("save_every", {1: [1, 2, 3, 4, 5, 6], 4: [3, 4, 6]}, saved_steps, PHASES),
     Row("keep", {1: [3, 6], 2: [3, 5, 6]}, saved_steps, PHASES),
