@@ -182,6 +182,20 @@ def test_dropout_drops_that_share_and_keeps_the_mean(device, rate, dtype):
     assert torch.equal(x.grad, y)  # the gradient is dropped where the value was
 
 
+def test_the_dropout_of_a_gpu_is_that_of_torch(monkeypatch):
+    """Asked without a GPU: a tensor of no device's memory."""
+    rates = []
+
+    def record(x, p=0.5, training=True, inplace=False):
+        assert training
+        rates.append(p)
+        return x
+
+    monkeypatch.setattr(F, "dropout", record)
+    ops.dropout(torch.empty(2, 3, device="meta"), 0.2)
+    assert rates == [0.2]
+
+
 def test_dropout_of_rate_zero_is_nothing():
     x = random(3, 5)
     assert torch.equal(ops.dropout(x, 0.0), x)

@@ -85,6 +85,37 @@ def test_forbidden_tokens_never_appear(backbone):
     assert set(generate(model, tokens, 30, forbidden=all_but_one, **settings)) == {30}
 
 
+class Dice(torch.nn.Module):
+    """A model that always says the same logits."""
+
+    blocks = ()
+    max_tokens = None
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, tokens: torch.Tensor, *, causal: bool, cache=None) -> torch.Tensor:
+        return self.logits.repeat(1, tokens.size(1), 1)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_temperature_is_what_logits_are_divided_by(temperature, top_k):
+    """The lower it is, the oftener comes the likeliest token."""
+    probabilities = torch.tensor([0.1, 0.5, 0.25, 0.15])
+    generator = torch.Generator().manual_seed(1)
+    settings = dict(block_size=1, temperature=temperature, top_k=top_k, generator=generator)
+    tokens = generate(Dice(probabilities.log()), torch.tensor([[0]]), 4000, **settings)
+    shares = torch.bincount(torch.tensor(tokens), minlength=4) / 4000
+
+    expected = probabilities ** (1 / temperature)
+    if top_k:
+        expected[0] = 0  # the least likely of the four
+    expected = expected / expected.sum()
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.025)  # three deviations
+
+
 def test_top_k_leaves_so_many_tokens():
     model = tiny("babyllama")
     tokens = random_tokens(4)
