@@ -253,37 +253,117 @@ def test_the_dropout_rate_of_training_is_exported():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["ltg", "untied"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_causal_classifier_reads_the_last_token_that_is_no_pad(kind, side):
-    folder = exported(kind).folder
-    options = {"causal": True} if kind == "ltg" else {}
-    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3, **options)
-    tokenizer = load_hf("AutoTokenizer", folder)
-    texts = ["The cats sleep.", "Who sees the dog in the garden? Yes.", "Köln"]
-    alone = [classifier(**tokenizer(text, return_tensors="pt")).logits for text in texts]
-    tokenizer.padding_side = side
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    assert batch["input_ids"].eq(PAD).any()
-    assert_close(classifier(**batch).logits, torch.cat(alone))
-    # without a mask pads are known by their id, and those on the left are seen
-    if side == "right":
-        assert_close(classifier(batch["input_ids"]).logits, torch.cat(alone))
-    # with one it counts, whatever stands there; Llama's own class looks at the ids all the same
-    if kind == "ltg":
-        batch["input_ids"][batch["attention_mask"] == 0] = MASK
-        assert_close(classifier(**batch).logits, torch.cat(alone))
+@pytest.mark.parametrize("hidden_rate, attention_rate", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)])
+def test_an_exported_ltg_bert_drops_in_training_what_config_json_says(hidden_rate, attention_rate):
+    run = exported("ltg")
+    rates = {"hidden_dropout_prob": hidden_rate, "attention_probs_dropout_prob": attention_rate}
+    hf = load_hf("AutoModelForMaskedLM", run.folder, **rates)
+    tokens = some_tokens(run.model)
+    expected = run.model(tokens, causal=False)
+    assert_close(hf(tokens).logits, expected)
+    torch.manual_seed(1)
+    passes = [hf.train()(tokens).logits for _ in range(2)]
+    if hidden_rate + attention_rate == 0:
+        assert_close(passes[0], expected)
+    else:
+        assert (passes[0] - passes[1]).abs().max() > 1
+    assert_close(hf.eval()(tokens).logits, expected)
+
+
+# a run of each backbone, the classes that its export loads as, and what `causal` may be there
+EXPORTED_CLASSES = []
+for auto_class in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+    EXPORTED_CLASSES.append(("untied", auto_class, None))
+for auto_class in export_hf.LTG_BERT_CLASSES:
+    if auto_class != "AutoConfig":
+        EXPORTED_CLASSES += [("ltg", auto_class, causal) for causal in (None, True, False)]
+MASK_FORMS = {  # of a tokenizer's mask (B, T)
+    "numbers": lambda mask: mask,
+    "booleans": lambda mask: mask.bool(),
+    "floats": lambda mask: mask.float(),
+    "square": lambda mask: mask[:, None].expand(-1, mask.size(1), -1),
+    "one row for all queries": lambda mask: mask[:, None],
+}
+TEXTS = ["The cats sleep.", "Who sees the dog in the garden?\nYes.", "Köln", ""]
+
+
+def mask_forms(kind: str) -> list[str]:
+    """A mask of three dimensions is taken by our own code alone."""
+    if KINDS[kind].backbone == "ltg_bert":
+        return list(MASK_FORMS)
+    return ["numbers", "booleans", "floats"]
+
+
+def test_every_backbone_has_exported_classes():
+    backbones = {KINDS[kind].backbone for kind, _, _ in EXPORTED_CLASSES}
+    assert backbones == set(export_hf.CONFIGS)
 
 
 @torch.no_grad()
-def test_an_open_classifier_reads_the_first_token():
+@pytest.mark.parametrize("kind, auto_class, causal", EXPORTED_CLASSES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_output_of_any_class(kind, auto_class, causal, side):
+    """Hidden states and logits where a text stands, and the logits of a classifier."""
+    folder = exported(kind).folder
+    options = {} if causal is None else {"causal": causal}
+    hf = load_hf(auto_class, folder)
+    assert hf.config.pad_token_id == PAD
+    tokenizer = load_hf("AutoTokenizer", folder, padding_side=side)
+    alone = [hf(**tokenizer(text, return_tensors="pt"), **options)[0][0] for text in TEXTS]
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"]
+    assert mask[:, 0 if side == "left" else -1].tolist() == [0, 1, 0, 0]
+
+    for form in mask_forms(kind):
+        output = hf(batch["input_ids"], MASK_FORMS[form](mask), **options)[0]
+        for row, expected, seen in zip(output, alone, mask.bool(), strict=True):
+            if auto_class != "AutoModelForSequenceClassification":
+                row = row[seen]
+            assert_close(row, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "holes, first, last",
+    [("111111", 0, 5), ("001011", 2, 5), ("101100", 0, 3), ("010010", 1, 4), ("000100", 3, 3)],
+)
+def test_a_classifier_reads_the_first_or_the_last_position_of_a_text(holes, first, last):
+    """The mask says where a text stands, whatever the tokens are, and without it the pads do."""
+    classifier = load_hf("AutoModelForSequenceClassification", exported("ltg").folder)
+    mask = torch.tensor([[int(character) for character in holes]])
+    tokens = torch.arange(10, 16)[None]
+    for causal, position in ((False, first), (True, last)):
+        for form in MASK_FORMS.values():
+            for ids in (tokens, tokens * mask, tokens * (1 - mask)):
+                states = classifier.encode(ids, form(mask), causal)[-1]
+                logits = classifier(ids, form(mask), causal=causal).logits
+                assert_close(logits, classifier.head(states[:, position]))
+
+        padded = tokens * mask + PAD * (1 - mask)
+        states = classifier.encode(padded, None, causal)[-1]
+        logits = classifier(padded, causal=causal).logits
+        assert_close(logits, classifier.head(states[:, position]))
+
+
+@torch.no_grad()
+@both_modes
+def test_a_classifier_without_a_pad_token_reads_the_end_of_the_row(causal):
     folder = exported("ltg").folder
-    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3)
+    classifier = load_hf("AutoModelForSequenceClassification", folder, pad_token_id=None)
+    tokens = torch.tensor([[PAD, 10, 11, PAD], [10, PAD, PAD, 11]])
+    states = classifier.encode(tokens, None, causal)[-1]
+    expected = classifier.head(states[:, -1 if causal else 0])
+    assert_close(classifier(tokens, causal=causal).logits, expected)
+
+
+@torch.no_grad()
+def test_a_classifier_of_a_llama_knows_pads_on_the_right_by_their_id():
+    """Without a mask, too; those on the left are seen."""
+    folder = exported("untied").folder
+    classifier = load_hf("AutoModelForSequenceClassification", folder)
     tokenizer = load_hf("AutoTokenizer", folder)
-    texts = ["The cats sleep.", "Who sees the dog in the garden?"]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    hidden = classifier.encode(**batch, causal=False)[-1]
-    assert_close(classifier(**batch).logits, classifier.head(hidden[:, 0]))
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert_close(classifier(batch["input_ids"]).logits, classifier(**batch).logits)
 
 
 @pytest.mark.parametrize("kind, causal", [("ltg", False), ("ltg", True), ("untied", True)])
