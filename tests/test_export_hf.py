@@ -8,12 +8,14 @@ Needs transformers (4.41 or newer), tokenizers and safetensors.
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import regex
 import torch
 import torch.nn.functional as F
 
@@ -41,6 +43,7 @@ from antlm.tokenizer import (
     END,
     MASK,
     PAD,
+    PATTERN,
     START,
     Tokenizer,
     save_tokenizer,
@@ -420,7 +423,8 @@ def test_saved_again_by_transformers_it_is_the_same_and_stays_tied(tmp_path, kin
         embedding = hf.get_input_embeddings().weight
         assert (output.data_ptr() == embedding.data_ptr()) == (kind != "untied")
     again = load_hf("AutoTokenizer", tmp_path)
-    assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    for text in (TEXT, "The <mask> sleeps.\n<mask>"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -493,12 +497,58 @@ def test_tokenizer_knows_our_special_tokens(kind):
     first = run.tokenizer.encode_text("The cats", run.boundary)
     second = run.tokenizer.encode_text("sleep.", run.boundary)
     assert hf_tokenizer("The cats", "sleep.")["input_ids"] == first + second
-    masked = [
-        *run.tokenizer.encode_text("The ", run.boundary),
-        MASK,
-        *run.tokenizer.encode(" sleeps"),
-    ]
-    assert hf_tokenizer("The <mask> sleeps")["input_ids"] == masked
+
+
+def check_masks(hf_tokenizer, tokenizer: Tokenizer, boundary: str, text: str):
+    """Hide each piece of a text in turn: the ids are those of the text, with one MASK for it.
+
+    A piece may begin with a space, which may be typed or not.
+    """
+    pieces = regex.findall(PATTERN, text)
+    for number, piece in enumerate(pieces):
+        if piece.isspace():
+            continue
+        before = "".join(pieces[:number])
+        after = "".join(pieces[number + 1 :])
+        expected = tokenizer.encode_text(before, boundary) + [MASK]
+        expected += tokenizer.encode_text(after, boundary)[1:]
+        typed = [f"{before}<mask>{after}"]
+        if piece.startswith(" "):
+            typed.append(f"{before} <mask>{after}")
+            # a space of its own in front can only be told apart where the piece's one is typed
+            if before.endswith(" "):
+                del typed[0]
+        for masked in typed:
+            assert hf_tokenizer(masked)["input_ids"] == expected, repr(masked)
+
+
+@every_kind
+def test_a_mask_hides_a_word_with_the_space_in_front_and_nothing_else(kind):
+    run = exported(kind)
+    hf_tokenizer = load_hf("AutoTokenizer", run.folder)
+    start, newline = run.tokenizer.encode_text("\n", run.boundary)
+    the, space = run.tokenizer.encode("The ")
+    for text, ids in {
+        "The <mask>": [the, MASK],
+        "The<mask>": [the, MASK],
+        "The  <mask>": [the, space, MASK],  # training shows the first of two spaces by itself
+        "The\n<mask>": [the, newline, MASK],
+        "The\n <mask>": [the, newline, MASK],
+        "The <mask> <mask>\n<mask>": [the, MASK, MASK, newline, MASK],
+        " <mask>": [MASK],
+    }.items():
+        assert hf_tokenizer(text)["input_ids"] == [start, *ids], repr(text)
+    for text in (TEXT, *ODD_TEXTS, "a  b\t c\n\n d 's\u00a0e"):
+        check_masks(hf_tokenizer, run.tokenizer, run.boundary, text)
+
+
+@every_kind
+def test_a_mask_has_the_place_of_its_characters(kind):
+    hf_tokenizer = load_hf("AutoTokenizer", exported(kind).folder)
+    text = "Köln <mask> <mask>,\n<mask>"
+    encoded = hf_tokenizer(text, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    assert [text[a:b] for token, (a, b) in pairs if token == MASK] == ["<mask>"] * 3
 
 
 def test_an_export_does_not_change_the_tokenizers_written_later(tmp_path):
@@ -529,7 +579,10 @@ def test_tokenizer_gives_our_ids_on_real_lines(tmp_path, boundary):
     texts = list(lines)
     for number in range(0, len(lines) - 1, 7):
         texts[number] += "\n" + lines[number + 1]
-    check_encodings(hf_tokenizer, Tokenizer(tmp_path / "tokenizer.json"), boundary, texts)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    check_encodings(hf_tokenizer, tokenizer, boundary, texts)
+    for text in texts[::70]:
+        check_masks(hf_tokenizer, tokenizer, boundary, text)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -636,6 +689,21 @@ def test_the_command_on_the_card_has_the_settings_of_the_run(kind):
     (command,) = [line for line in card.splitlines() if line.startswith("python train.py")]
     settings = asdict(config.load(Settings, command.split()[2:]))
     assert settings == load_checkpoint(checkpoints(run.run)[0])["settings"]
+
+
+@every_kind
+def test_the_card_writes_a_hidden_word_in_two_ways_that_are_one(kind):
+    folder = exported(kind).folder
+    hf_tokenizer = load_hf("AutoTokenizer", folder)
+    examples = re.findall(r"`([^`]* ?<mask> [^`]*)`", (folder / "README.md").read_text())
+    assert len(examples) == 2
+    typed, joined = [hf_tokenizer(text)["input_ids"] for text in examples]
+    assert typed == joined
+    text = examples[0].replace("<mask>", "walks")
+    hidden = exported(kind).tokenizer.encode(" walks")
+    ids = hf_tokenizer(text)["input_ids"]
+    place = typed.index(MASK)
+    assert ids == typed[:place] + hidden + typed[place + 1 :]
 
 
 @pytest.mark.parametrize("kind", ["untied", "ltg"])
