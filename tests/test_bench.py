@@ -94,6 +94,7 @@ def test_the_plain_way_gives_the_same_scores(mode):
     rng = np.random.default_rng(1)
     texts = [np.concatenate(([START], rng.integers(4, 50, n))) for n in (3, 7, 4, 9)]
     texts.append(np.concatenate((texts[1][:5], [4, 5])))  # shares a prefix
+    texts.append(np.array([START, 7, START, START, 8]))  # newlines
     expected = bench.our_scores(model, texts, mode)
     scores = bench.plain_scores(model, texts, mode, batch_rows=3)
     assert scores == pytest.approx(expected, abs=1e-4)

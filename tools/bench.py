@@ -249,12 +249,11 @@ def plain_rows(ids: np.ndarray, mode: str) -> list[tuple[Tensor, Tensor]]:
         return [(text[:-1], text[1:])]
     rows = []
     for position in range(1, len(text)):  # each token hidden in a row of its own
-        if text[position] >= len(SPECIAL):
-            tokens = text.clone()
-            tokens[position] = MASK
-            targets = torch.full_like(text, IGNORE)
-            targets[position] = text[position]
-            rows.append((tokens, targets))
+        tokens = text.clone()
+        tokens[position] = MASK
+        targets = torch.full_like(text, IGNORE)
+        targets[position] = text[position]
+        rows.append((tokens, targets))
     return rows
 
 
