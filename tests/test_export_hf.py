@@ -39,7 +39,7 @@ import eval as evaluation
 import model as model_module
 import prepare
 from antlm import IGNORE
-from antlm.checkpoint import checkpoints, load_checkpoint, load_model, save_checkpoint
+from antlm.checkpoint import checkpoints, load_checkpoint, load_model, load_run, save_checkpoint
 from antlm.tokenizer import (
     END,
     MASK,
@@ -832,15 +832,37 @@ def test_export_needs_a_whole_run(tmp_path):
     assert not out.exists()
 
 
-def test_a_backbone_of_a_fork_is_told_which_tables_it_needs(tmp_path, monkeypatch):
-    backbones = model_module.BACKBONES
-    monkeypatch.setitem(backbones, "gpt2", backbones["babyllama"])
-    make_run(tmp_path / "run", Kind("gpt2", tied=False, boundary="line"))
-    message = refusal(tmp_path / "run", tmp_path / "out")
-    assert "backbone 'gpt2' cannot be exported yet" in message
-    for table in ("CONFIGS of tools/export_hf.py", "NAMES of tools/hf_names.py"):
-        assert table in message
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def third_run(tmp_path, monkeypatch) -> Path:
+    """A run of a backbone that only model.py knows, and that has a longest row."""
+    llama = model_module.BACKBONES["babyllama"]
+    longest = llama._replace(max_tokens=lambda config: 64)
+    monkeypatch.setitem(model_module.BACKBONES, "third", longest)
+    make_run(tmp_path / "run", Kind("third", tied=False, boundary="line"))
+    return tmp_path / "run"
+
+
+def test_a_backbone_of_a_fork_is_told_which_tables_it_needs(third_run, tmp_path, monkeypatch):
+    tables = {
+        "CONFIGS of tools/export_hf.py": export_hf.CONFIGS,
+        "NAMES of tools/hf_names.py": export_hf.NAMES,
+        "LOADING of tools/model_card.py": export_hf.LOADING,
+    }
+    out = tmp_path / "out"
+    for table in tables.values():
+        # until the last table has a row
+        for flags in ([], ["--checkpoints"]):
+            message = refusal(third_run, out, *flags)
+            assert "backbone 'third' cannot be exported yet" in message
+            for name in tables:
+                assert name in message
+            assert not out.exists()
+        monkeypatch.setitem(table, "third", table["babyllama"])
+    export_hf.main([str(third_run), str(out)])
+    assert "third of" in (out / "README.md").read_text()
+    tokens = torch.arange(4, 44)[None]
+    expected = load_run(str(third_run)).model(tokens, causal=True)
+    assert_close(load_hf("AutoModelForCausalLM", out)(tokens).logits, expected)
 
 
 def test_a_parameter_of_a_fork_is_told_where_to_name_it(tmp_path, monkeypatch):
