@@ -25,7 +25,7 @@ import torch
 from antlm.checkpoint import LoadedRun, load_run
 from antlm.distributed import find_device
 from antlm.files import Progress
-from antlm.tokenizer import MASK, SPECIAL, START, Tokenizer
+from antlm.tokenizer import MASK, START, Tokenizer
 from babylm.results import summarize, write_result
 from babylm.tasks import Item, fingerprint, read_tasks
 from config import UserError, require
@@ -98,11 +98,10 @@ def ask_causal(ids: np.ndarray, first: int) -> Questions:
 
 def ask_masked(ids: np.ndarray, first: int) -> Questions:
     """Ask for each token from `first` on in a row of its own, in which it is hidden. ids: (N, T)"""
-    T = ids.shape[1]
-    # special tokens, such as the start of a line within a text, are never hidden in training
-    hideable = (ids >= len(SPECIAL)) & (np.arange(T) >= first)
+    N, T = ids.shape
     # one row for each token that is asked for: hiding several at once would ask another question
-    text, place = np.nonzero(hideable)
+    text = np.repeat(np.arange(N), T - first)
+    place = np.tile(np.arange(first, T), N)
     tokens = ids[text]
     tokens[np.arange(len(tokens)), place] = MASK
     return Questions(tokens, place[:, None], ids[text, place][:, None], text)
@@ -151,6 +150,20 @@ def same_shape(ids: list[np.ndarray], first: np.ndarray) -> Iterator[tuple[np.nd
             yield np.flatnonzero((lengths == length) & (first == start)), int(start)
 
 
+def leave_out_start(questions: Questions) -> Questions:
+    """Return the rows of a masked mode that ask for another token than the one in front."""
+    is_asked = questions.targets[:, 0] != questions.tokens[:, 0]
+    return Questions(*(part[is_asked] for part in questions))
+
+
+def count_targets(ids: list[np.ndarray], first: np.ndarray, skip_start: bool) -> np.ndarray:
+    """Return how many tokens of each text are scored: from `first` on, or fewer by start tokens."""
+    n_targets = np.array([len(row) for row in ids]) - first
+    if skip_start:
+        n_targets -= [(row[start:] == row[0]).sum() for row, start in zip(ids, first, strict=True)]
+    return n_targets
+
+
 def score(
     model: Transformer,
     ids: list[np.ndarray],
@@ -159,6 +172,7 @@ def score(
     names: list[str],
     *,
     mean: bool = False,
+    skip_start: bool = False,
     batch_tokens: int = 2048,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
@@ -167,18 +181,15 @@ def score(
     mode: a key of MODES
     names: of the texts, for errors
     mean: over the tokens of a text, in place of their sum
+    skip_start: in the masked modes leave out start tokens within a text, which are its newlines
     batch_tokens: of one forward pass, at most
     dtype: float32, or bfloat16 for autocast
     Raises UserError that starts with a text's name if it has no token to score or more tokens than
     the model can take, or if its score is not finite.
     """
     # refuse what cannot be scored
-    lowest = 0
-    if mode != "causal":
-        lowest = len(SPECIAL)
-    n_targets = np.array(
-        [(row[start:] >= lowest).sum() for row, start in zip(ids, first, strict=True)]
-    )
+    skip_start = skip_start and mode != "causal"
+    n_targets = count_targets(ids, first, skip_start)
     for name, row, n in zip(names, ids, n_targets, strict=True):
         require(n > 0, f"{name}: a target without a token to score in {mode} mode")
         if model.max_tokens is not None and len(row) > model.max_tokens:
@@ -189,8 +200,10 @@ def score(
     done = 0
     progress = Progress(f"scoring, {mode}", int(n_targets.sum()))
     for texts, start in same_shape(ids, first):
-        # as many rows at once as batch_tokens allows
         questions = MODES[mode](np.stack([ids[i] for i in texts]), start)
+        if skip_start:
+            questions = leave_out_start(questions)
+        # as many rows at once as batch_tokens allows
         batch_rows = max(1, batch_tokens // questions.tokens.shape[1])
         for a in range(0, len(questions.tokens), batch_rows):
             batch = Questions(*(part[a : a + batch_rows] for part in questions))
@@ -285,6 +298,7 @@ def score_tasks(
             mode,
             names=list(source_of.values()),
             mean=args.protocol == "2024" and mode != "causal",
+            skip_start=args.protocol == "2024",
             batch_tokens=batch_tokens,
             dtype=getattr(torch, args.dtype),
         )

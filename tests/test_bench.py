@@ -1,18 +1,25 @@
 """What tools/bench.py compares is the same computation: python -m pytest tests/test_bench.py"""
 
+import json
 import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from antlm.tokenizer import SPECIAL, START
+from antlm.tokenizer import SPECIAL, START, save_tokenizer
 from data import OBJECTIVES, Batches
-from model import ModelConfig, Transformer
+from model import BACKBONES, ModelConfig, Transformer
 from tools import bench
-from tools.peers import PEERS, HuggingFaceLlama, PlainLTGBert
+from tools.peers import HuggingFaceLlama, PlainLTGBert
 from train import Settings
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_ff": 48, "n_bucket": 4, "max_position": 16}
 
@@ -94,13 +101,83 @@ def test_the_plain_way_gives_the_same_scores(mode):
     rng = np.random.default_rng(1)
     texts = [np.concatenate(([START], rng.integers(4, 50, n))) for n in (3, 7, 4, 9)]
     texts.append(np.concatenate((texts[1][:5], [4, 5])))  # shares a prefix
+    texts.append(np.array([START, 7, START, START, 8]))  # newlines
     expected = bench.our_scores(model, texts, mode)
     scores = bench.plain_scores(model, texts, mode, batch_rows=3)
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_backbone_without_a_peer_ends_in_one_line(monkeypatch, capsys):
-    monkeypatch.delitem(PEERS, "ltg_bert")
-    monkeypatch.setattr("sys.argv", ["bench.py", "config/ltg_bert.py", "--peer"])
-    with pytest.raises(SystemExit, match="config/ltg_bert.py: no peer of ltg_bert is known"):
-        bench.main()
+# ----------------------------------------------------------------------------- a backbone of a fork
+
+
+# a backbone with a longest row; bench.py's own processes run this file's top, too
+WITH_A_THIRD_BACKBONE = """
+import sys
+sys.path.insert(0, {root!r})
+import model
+from tools import bench
+llama = model.BACKBONES["babyllama"]
+model.BACKBONES["third"] = llama._replace(max_tokens=lambda config: config.max_position)
+if __name__ == "__main__":
+    bench.main()
+"""
+THIRD = ["--set", "backbone=third", "block_size=16", *(f"{key}={n}" for key, n in SMALL.items())]
+
+
+@pytest.mark.slow
+def test_a_backbone_without_a_peer_is_timed_alone(tmp_path):
+    program = tmp_path / "third.py"
+    program.write_text(WITH_A_THIRD_BACKBONE.format(root=str(ROOT)))
+    once = ["--rows=2", "--rounds=1", "--steps=1", "--objectives", "CLM"]
+    command = [sys.executable, program, "config/babyllama.py", "--peer", *once, *THIRD]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    _, _, line, note = done.stdout.splitlines()
+    assert re.match(r"babyllama CLM, compile off +[\d,]+ ", line)
+    assert "no peer of third is known" in note
+    assert "tools/peers.py" in note
+
+
+@pytest.fixture
+def third_backbone(monkeypatch):
+    llama = BACKBONES["babyllama"]
+    longest = llama._replace(max_tokens=lambda config: config.max_position)
+    monkeypatch.setitem(BACKBONES, "third", longest)
+
+
+def run_bench(monkeypatch, *flags: str):
+    monkeypatch.setattr("sys.argv", ["bench.py", "config/babyllama.py", *flags])
+    bench.main()
+
+
+@pytest.mark.parametrize("flags", [[], ["--peer"]])
+def test_a_row_that_a_backbone_cannot_take_ends_in_one_line(third_backbone, monkeypatch, flags):
+    with pytest.raises(SystemExit, match=r"^bench.py: .*17 .* 16 tokens that third can take$"):
+        run_bench(monkeypatch, *flags, *THIRD, "block_size=17")
+
+
+def test_scoring_is_timed_for_a_backbone_with_a_longest_row(
+    third_backbone, tmp_path, monkeypatch, capsys
+):
+    save_tokenizer(tmp_path / "tokenizer.json", [])
+    path = tmp_path / "pairs.jsonl"
+    flags = ["--scoring", str(path), "--rounds=1", *THIRD, f"corpus={tmp_path}"]
+
+    def write_pair(sentence: str):
+        pair = {"sentence_good": sentence, "sentence_bad": sentence[::-1]}
+        path.write_text(json.dumps(pair))
+
+    write_pair("15 bytes: abcde")
+    run_bench(monkeypatch, *flags)
+    assert capsys.readouterr().out.count("times the plain way") == 2  # causal and masked
+    write_pair("16 bytes: abcdef")
+    with pytest.raises(SystemExit, match="bench.py: text 0: 17 tokens, but the model takes 16"):
+        run_bench(monkeypatch, *flags)

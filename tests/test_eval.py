@@ -130,7 +130,8 @@ def error(*args) -> str:
 def score(model, options, tokenizer, mode, protocol="2025", **settings) -> np.ndarray:
     ids, first = evaluation.encode(options, tokenizer, "line", protocol, mode)
     mean = protocol == "2024" and mode != "causal"
-    return evaluation.score(model, ids, first, mode, [""] * len(ids), mean=mean, **settings)
+    settings |= {"mean": mean, "skip_start": protocol == "2024"}
+    return evaluation.score(model, ids, first, mode, [""] * len(ids), **settings)
 
 
 # -------------------------------------------------------------------------------- scores of options
@@ -157,7 +158,7 @@ def reference(model, tokenizer, text: str, start: int, mode: str, protocol: str 
     for i in range(first, len(ids)):
         if mode == "causal":
             logits = model(torch.tensor([ids[:i]]), causal=True)[0, -1]
-        elif ids[i] == START:
+        elif ids[i] == START and protocol == "2024":
             continue
         else:
             row = ids[:i] + [MASK] + ids[i + 1 :]
@@ -240,12 +241,25 @@ def test_a_text_longer_than_the_model_takes_is_named(tokenizer, mode):
         evaluation.score(model, ids, first, mode, names)
 
 
-def test_a_target_without_tokens_to_hide_is_an_error(tokenizer):
+@each_mode
+@pytest.mark.parametrize("protocol", ["2025", "2024"])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_the_masked_modes_of_2024_alone_leave_out_the_start_token(
+    tokenizer, boundary, protocol, mode
+):
+    """Where each newline is a start token, a text of newlines alone has nothing to score."""
     model = make_model("babyllama")
-    ids, first = evaluation.encode([("The dog\n", 7)], tokenizer, "line", "2025", "masked")
-    assert evaluation.score(model, ids, first, "causal", ["here:7"])[0] < 0
-    with pytest.raises(UserError, match="here:7.*masked"):
-        evaluation.score(model, ids, first, "masked", ["here:7"])
+    ids, first = evaluation.encode([("The dog\n\n", 7)], tokenizer, boundary, protocol, mode)
+    assert len(ids[0]) - first[0] == 2
+    arguments = {"names": ["here:7"], "skip_start": protocol == "2024"}
+    if protocol == "2024" and mode != "causal" and boundary != "document":
+        with pytest.raises(UserError, match=f"here:7.*{mode}"):
+            evaluation.score(model, ids, first, mode, **arguments)
+        return
+    scores = evaluation.score(model, ids, first, mode, **arguments)
+    means = evaluation.score(model, ids, first, mode, **arguments, mean=True)
+    assert scores[0] < 0
+    assert means == pytest.approx(scores / 2)
 
 
 # ------------------------------------------------------------------------------ where targets start

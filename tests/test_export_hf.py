@@ -6,14 +6,17 @@
 Needs transformers (4.41 or newer), tokenizers and safetensors.
 """
 
+import functools
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import regex
 import torch
 import torch.nn.functional as F
 
@@ -36,11 +39,12 @@ import eval as evaluation
 import model as model_module
 import prepare
 from antlm import IGNORE
-from antlm.checkpoint import checkpoints, load_checkpoint, load_model, save_checkpoint
+from antlm.checkpoint import checkpoints, load_checkpoint, load_model, load_run, save_checkpoint
 from antlm.tokenizer import (
     END,
     MASK,
     PAD,
+    PATTERN,
     START,
     Tokenizer,
     save_tokenizer,
@@ -253,37 +257,117 @@ def test_the_dropout_rate_of_training_is_exported():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["ltg", "untied"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_causal_classifier_reads_the_last_token_that_is_no_pad(kind, side):
-    folder = exported(kind).folder
-    options = {"causal": True} if kind == "ltg" else {}
-    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3, **options)
-    tokenizer = load_hf("AutoTokenizer", folder)
-    texts = ["The cats sleep.", "Who sees the dog in the garden? Yes.", "Köln"]
-    alone = [classifier(**tokenizer(text, return_tensors="pt")).logits for text in texts]
-    tokenizer.padding_side = side
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    assert batch["input_ids"].eq(PAD).any()
-    assert_close(classifier(**batch).logits, torch.cat(alone))
-    # without a mask pads are known by their id, and those on the left are seen
-    if side == "right":
-        assert_close(classifier(batch["input_ids"]).logits, torch.cat(alone))
-    # with one it counts, whatever stands there; Llama's own class looks at the ids all the same
-    if kind == "ltg":
-        batch["input_ids"][batch["attention_mask"] == 0] = MASK
-        assert_close(classifier(**batch).logits, torch.cat(alone))
+@pytest.mark.parametrize("hidden_rate, attention_rate", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)])
+def test_an_exported_ltg_bert_drops_in_training_what_config_json_says(hidden_rate, attention_rate):
+    run = exported("ltg")
+    rates = {"hidden_dropout_prob": hidden_rate, "attention_probs_dropout_prob": attention_rate}
+    hf = load_hf("AutoModelForMaskedLM", run.folder, **rates)
+    tokens = some_tokens(run.model)
+    expected = run.model(tokens, causal=False)
+    assert_close(hf(tokens).logits, expected)
+    torch.manual_seed(1)
+    passes = [hf.train()(tokens).logits for _ in range(2)]
+    if hidden_rate + attention_rate == 0:
+        assert_close(passes[0], expected)
+    else:
+        assert (passes[0] - passes[1]).abs().max() > 1
+    assert_close(hf.eval()(tokens).logits, expected)
+
+
+# a run of each backbone, the classes that its export loads as, and what `causal` may be there
+EXPORTED_CLASSES = []
+for auto_class in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+    EXPORTED_CLASSES.append(("untied", auto_class, None))
+for auto_class in export_hf.LTG_BERT_CLASSES:
+    if auto_class != "AutoConfig":
+        EXPORTED_CLASSES += [("ltg", auto_class, causal) for causal in (None, True, False)]
+MASK_FORMS = {  # of a tokenizer's mask (B, T)
+    "numbers": lambda mask: mask,
+    "booleans": lambda mask: mask.bool(),
+    "floats": lambda mask: mask.float(),
+    "square": lambda mask: mask[:, None].expand(-1, mask.size(1), -1),
+    "one row for all queries": lambda mask: mask[:, None],
+}
+TEXTS = ["The cats sleep.", "Who sees the dog in the garden?\nYes.", "Köln", ""]
+
+
+def mask_forms(kind: str) -> list[str]:
+    """A mask of three dimensions is taken by our own code alone."""
+    if KINDS[kind].backbone == "ltg_bert":
+        return list(MASK_FORMS)
+    return ["numbers", "booleans", "floats"]
+
+
+def test_every_backbone_has_exported_classes():
+    backbones = {KINDS[kind].backbone for kind, _, _ in EXPORTED_CLASSES}
+    assert backbones == set(export_hf.CONFIGS)
 
 
 @torch.no_grad()
-def test_an_open_classifier_reads_the_first_token():
+@pytest.mark.parametrize("kind, auto_class, causal", EXPORTED_CLASSES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_output_of_any_class(kind, auto_class, causal, side):
+    """Hidden states and logits where a text stands, and the logits of a classifier."""
+    folder = exported(kind).folder
+    options = {} if causal is None else {"causal": causal}
+    hf = load_hf(auto_class, folder)
+    assert hf.config.pad_token_id == PAD
+    tokenizer = load_hf("AutoTokenizer", folder, padding_side=side)
+    alone = [hf(**tokenizer(text, return_tensors="pt"), **options)[0][0] for text in TEXTS]
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"]
+    assert mask[:, 0 if side == "left" else -1].tolist() == [0, 1, 0, 0]
+
+    for form in mask_forms(kind):
+        output = hf(batch["input_ids"], MASK_FORMS[form](mask), **options)[0]
+        for row, expected, seen in zip(output, alone, mask.bool(), strict=True):
+            if auto_class != "AutoModelForSequenceClassification":
+                row = row[seen]
+            assert_close(row, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "holes, first, last",
+    [("111111", 0, 5), ("001011", 2, 5), ("101100", 0, 3), ("010010", 1, 4), ("000100", 3, 3)],
+)
+def test_a_classifier_reads_the_first_or_the_last_position_of_a_text(holes, first, last):
+    """The mask says where a text stands, whatever the tokens are, and without it the pads do."""
+    classifier = load_hf("AutoModelForSequenceClassification", exported("ltg").folder)
+    mask = torch.tensor([[int(character) for character in holes]])
+    tokens = torch.arange(10, 16)[None]
+    for causal, position in ((False, first), (True, last)):
+        for form in MASK_FORMS.values():
+            for ids in (tokens, tokens * mask, tokens * (1 - mask)):
+                states = classifier.encode(ids, form(mask), causal)[-1]
+                logits = classifier(ids, form(mask), causal=causal).logits
+                assert_close(logits, classifier.head(states[:, position]))
+
+        padded = tokens * mask + PAD * (1 - mask)
+        states = classifier.encode(padded, None, causal)[-1]
+        logits = classifier(padded, causal=causal).logits
+        assert_close(logits, classifier.head(states[:, position]))
+
+
+@torch.no_grad()
+@both_modes
+def test_a_classifier_without_a_pad_token_reads_the_end_of_the_row(causal):
     folder = exported("ltg").folder
-    classifier = load_hf("AutoModelForSequenceClassification", folder, num_labels=3)
+    classifier = load_hf("AutoModelForSequenceClassification", folder, pad_token_id=None)
+    tokens = torch.tensor([[PAD, 10, 11, PAD], [10, PAD, PAD, 11]])
+    states = classifier.encode(tokens, None, causal)[-1]
+    expected = classifier.head(states[:, -1 if causal else 0])
+    assert_close(classifier(tokens, causal=causal).logits, expected)
+
+
+@torch.no_grad()
+def test_a_classifier_of_a_llama_knows_pads_on_the_right_by_their_id():
+    """Without a mask, too; those on the left are seen."""
+    folder = exported("untied").folder
+    classifier = load_hf("AutoModelForSequenceClassification", folder)
     tokenizer = load_hf("AutoTokenizer", folder)
-    texts = ["The cats sleep.", "Who sees the dog in the garden?"]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    hidden = classifier.encode(**batch, causal=False)[-1]
-    assert_close(classifier(**batch).logits, classifier.head(hidden[:, 0]))
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert_close(classifier(batch["input_ids"]).logits, classifier(**batch).logits)
 
 
 @pytest.mark.parametrize("kind, causal", [("ltg", False), ("ltg", True), ("untied", True)])
@@ -340,7 +424,8 @@ def test_saved_again_by_transformers_it_is_the_same_and_stays_tied(tmp_path, kin
         embedding = hf.get_input_embeddings().weight
         assert (output.data_ptr() == embedding.data_ptr()) == (kind != "untied")
     again = load_hf("AutoTokenizer", tmp_path)
-    assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    for text in (TEXT, "The <mask> sleeps.\n<mask>"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -413,12 +498,58 @@ def test_tokenizer_knows_our_special_tokens(kind):
     first = run.tokenizer.encode_text("The cats", run.boundary)
     second = run.tokenizer.encode_text("sleep.", run.boundary)
     assert hf_tokenizer("The cats", "sleep.")["input_ids"] == first + second
-    masked = [
-        *run.tokenizer.encode_text("The ", run.boundary),
-        MASK,
-        *run.tokenizer.encode(" sleeps"),
-    ]
-    assert hf_tokenizer("The <mask> sleeps")["input_ids"] == masked
+
+
+def check_masks(hf_tokenizer, tokenizer: Tokenizer, boundary: str, text: str):
+    """Hide each piece of a text in turn: the ids are those of the text, with one MASK for it.
+
+    A piece may begin with a space, which may be typed or not.
+    """
+    pieces = regex.findall(PATTERN, text)
+    for number, piece in enumerate(pieces):
+        if piece.isspace():
+            continue
+        before = "".join(pieces[:number])
+        after = "".join(pieces[number + 1 :])
+        expected = tokenizer.encode_text(before, boundary) + [MASK]
+        expected += tokenizer.encode_text(after, boundary)[1:]
+        typed = [f"{before}<mask>{after}"]
+        if piece.startswith(" "):
+            typed.append(f"{before} <mask>{after}")
+            # a space of its own in front can only be told apart where the piece's one is typed
+            if before.endswith(" "):
+                del typed[0]
+        for masked in typed:
+            assert hf_tokenizer(masked)["input_ids"] == expected, repr(masked)
+
+
+@every_kind
+def test_a_mask_hides_a_word_with_the_space_in_front_and_nothing_else(kind):
+    run = exported(kind)
+    hf_tokenizer = load_hf("AutoTokenizer", run.folder)
+    start, newline = run.tokenizer.encode_text("\n", run.boundary)
+    the, space = run.tokenizer.encode("The ")
+    for text, ids in {
+        "The <mask>": [the, MASK],
+        "The<mask>": [the, MASK],
+        "The  <mask>": [the, space, MASK],  # training shows the first of two spaces by itself
+        "The\n<mask>": [the, newline, MASK],
+        "The\n <mask>": [the, newline, MASK],
+        "The <mask> <mask>\n<mask>": [the, MASK, MASK, newline, MASK],
+        " <mask>": [MASK],
+    }.items():
+        assert hf_tokenizer(text)["input_ids"] == [start, *ids], repr(text)
+    for text in (TEXT, *ODD_TEXTS, "a  b\t c\n\n d 's\u00a0e"):
+        check_masks(hf_tokenizer, run.tokenizer, run.boundary, text)
+
+
+@every_kind
+def test_a_mask_has_the_place_of_its_characters(kind):
+    hf_tokenizer = load_hf("AutoTokenizer", exported(kind).folder)
+    text = "Köln <mask> <mask>,\n<mask>"
+    encoded = hf_tokenizer(text, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    assert [text[a:b] for token, (a, b) in pairs if token == MASK] == ["<mask>"] * 3
 
 
 def test_an_export_does_not_change_the_tokenizers_written_later(tmp_path):
@@ -449,7 +580,98 @@ def test_tokenizer_gives_our_ids_on_real_lines(tmp_path, boundary):
     texts = list(lines)
     for number in range(0, len(lines) - 1, 7):
         texts[number] += "\n" + lines[number + 1]
-    check_encodings(hf_tokenizer, Tokenizer(tmp_path / "tokenizer.json"), boundary, texts)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    check_encodings(hf_tokenizer, tokenizer, boundary, texts)
+    for text in texts[::70]:
+        check_masks(hf_tokenizer, tokenizer, boundary, text)
+
+
+# ------------------------------------------------------------------------- scores of the pipelines
+
+
+DIALOGUES = [
+    ("Who sees the girl?\nThe dog sees the girl.", 0),
+    ("Who sees the girl?\nThe dog sees the girl.", len("Who sees the girl?")),
+    ("Who sees the girl?\n\nThe dog\n", len("Who sees the girl?\n")),
+    ("\nThe cats sleep.", 0),
+    ("The cats \n sleep\r\nin Köln.\n", len("The cats")),
+    ("Zoë sees them.\nA 🐟.", len("Zoë se")),
+    ("The cats sleep.", 0),
+    ("The cats sleep.", len("The cats")),
+]
+
+
+@functools.cache
+def pipeline_model(kind: str, auto_class: str):
+    return load_hf(auto_class, exported(kind).folder)
+
+
+def pipeline_logits(kind: str, mode: str, ids: list[int]) -> torch.Tensor:
+    """The logits (T, V) of a model as a pipeline loads it."""
+    auto_class = "AutoModelForMaskedLM"
+    mask = None
+    if KINDS[kind].backbone == "babyllama" and mode != "causal":
+        # transformers has no masked Llama: the causal one sees all through this, as its card says
+        mask = torch.zeros(1, 1, len(ids), len(ids))
+    if KINDS[kind].backbone == "babyllama" or mode == "causal":
+        auto_class = "AutoModelForCausalLM"
+    return pipeline_model(kind, auto_class)(torch.tensor([ids]), mask).logits[0].double()
+
+
+def hidden_log_prob(kind: str, mode: str, ids: list[int], i: int) -> float:
+    """The log-probability of token i where it is hidden, read there or, in mntp, before it."""
+    hidden = [*ids[:i], MASK, *ids[i + 1 :]]
+    position = i - 1 if mode == "mntp" else i
+    return pipeline_logits(kind, mode, hidden)[position].log_softmax(-1)[ids[i]].item()
+
+
+def score_of_2025(kind: str, mode: str, hf_tokenizer, sentence: str, completion: str) -> float:
+    """evaluation-pipeline-2025, sentence_zero_shot: tokens whose offsets end in the completion."""
+    encoded = hf_tokenizer(sentence, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    ends = [end for _, end in encoded["offset_mapping"]]
+    start = len(sentence) - len(completion)
+    scored = [i for i in range(len(ids)) if ends[i] > start]
+    if mode == "causal":
+        log_probs = pipeline_logits(kind, mode, ids[:-1]).log_softmax(-1)
+        return sum(log_probs[i - 1, ids[i]].item() for i in scored if i >= 1)
+    return sum(hidden_log_prob(kind, mode, ids, i) for i in scored)
+
+
+@torch.no_grad()
+@every_kind
+@pytest.mark.parametrize("mode", evaluation.MODES)
+def test_scores_are_those_of_the_pipeline_of_2025(kind, mode):
+    """Newlines too, which are start tokens in three of the kinds and ordinary ones in the other."""
+    run = exported(kind)
+    hf_tokenizer = load_hf("AutoTokenizer", run.folder)
+    expected = [
+        score_of_2025(kind, mode, hf_tokenizer, text, text[start:]) for text, start in DIALOGUES
+    ]
+    ids, first = evaluation.encode(DIALOGUES, run.tokenizer, run.boundary, "2025", mode)
+    scores = evaluation.score(run.model, ids, first, mode, [""] * len(ids))
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+@every_kind
+@pytest.mark.parametrize("mode", ["masked", "mntp"])
+def test_masked_scores_of_2024_leave_out_the_cls_token(kind, mode):
+    """minicons, as that year's pipeline calls it: the mean over tokens but pad, cls and sep."""
+    run = exported(kind)
+    hf_tokenizer = load_hf("AutoTokenizer", run.folder)
+    left_out = {hf_tokenizer.pad_token_id, hf_tokenizer.cls_token_id, hf_tokenizer.sep_token_id}
+    options = [(text, 0) for text, start in DIALOGUES if start == 0]
+    expected = []
+    for text, _ in options:
+        ids = hf_tokenizer(" " + text)["input_ids"]
+        scored = [i for i in range(len(ids)) if ids[i] not in left_out]
+        values = [hidden_log_prob(kind, mode, ids, i) for i in scored]
+        expected.append(sum(values) / len(values))
+    ids, first = evaluation.encode(options, run.tokenizer, run.boundary, "2024", mode)
+    names = [""] * len(ids)
+    scores = evaluation.score(run.model, ids, first, mode, names, mean=True, skip_start=True)
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -558,6 +780,21 @@ def test_the_command_on_the_card_has_the_settings_of_the_run(kind):
     assert settings == load_checkpoint(checkpoints(run.run)[0])["settings"]
 
 
+@every_kind
+def test_the_card_writes_a_hidden_word_in_two_ways_that_are_one(kind):
+    folder = exported(kind).folder
+    hf_tokenizer = load_hf("AutoTokenizer", folder)
+    examples = re.findall(r"`([^`]* ?<mask> [^`]*)`", (folder / "README.md").read_text())
+    assert len(examples) == 2
+    typed, joined = [hf_tokenizer(text)["input_ids"] for text in examples]
+    assert typed == joined
+    text = examples[0].replace("<mask>", "walks")
+    hidden = exported(kind).tokenizer.encode(" walks")
+    ids = hf_tokenizer(text)["input_ids"]
+    place = typed.index(MASK)
+    assert ids == typed[:place] + hidden + typed[place + 1 :]
+
+
 @pytest.mark.parametrize("kind", ["untied", "ltg"])
 def test_the_code_on_the_card_loads_the_model(kind):
     folder = exported(kind).folder
@@ -595,15 +832,37 @@ def test_export_needs_a_whole_run(tmp_path):
     assert not out.exists()
 
 
-def test_a_backbone_of_a_fork_is_told_which_tables_it_needs(tmp_path, monkeypatch):
-    backbones = model_module.BACKBONES
-    monkeypatch.setitem(backbones, "gpt2", backbones["babyllama"])
-    make_run(tmp_path / "run", Kind("gpt2", tied=False, boundary="line"))
-    message = refusal(tmp_path / "run", tmp_path / "out")
-    assert "backbone 'gpt2' cannot be exported yet" in message
-    for table in ("CONFIGS of tools/export_hf.py", "NAMES of tools/hf_names.py"):
-        assert table in message
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def third_run(tmp_path, monkeypatch) -> Path:
+    """A run of a backbone that only model.py knows, and that has a longest row."""
+    llama = model_module.BACKBONES["babyllama"]
+    longest = llama._replace(max_tokens=lambda config: 64)
+    monkeypatch.setitem(model_module.BACKBONES, "third", longest)
+    make_run(tmp_path / "run", Kind("third", tied=False, boundary="line"))
+    return tmp_path / "run"
+
+
+def test_a_backbone_of_a_fork_is_told_which_tables_it_needs(third_run, tmp_path, monkeypatch):
+    tables = {
+        "CONFIGS of tools/export_hf.py": export_hf.CONFIGS,
+        "NAMES of tools/hf_names.py": export_hf.NAMES,
+        "LOADING of tools/model_card.py": export_hf.LOADING,
+    }
+    out = tmp_path / "out"
+    for table in tables.values():
+        # until the last table has a row
+        for flags in ([], ["--checkpoints"]):
+            message = refusal(third_run, out, *flags)
+            assert "backbone 'third' cannot be exported yet" in message
+            for name in tables:
+                assert name in message
+            assert not out.exists()
+        monkeypatch.setitem(table, "third", table["babyllama"])
+    export_hf.main([str(third_run), str(out)])
+    assert "third of" in (out / "README.md").read_text()
+    tokens = torch.arange(4, 44)[None]
+    expected = load_run(str(third_run)).model(tokens, causal=True)
+    assert_close(load_hf("AutoModelForCausalLM", out)(tokens).logits, expected)
 
 
 def test_a_parameter_of_a_fork_is_told_where_to_name_it(tmp_path, monkeypatch):

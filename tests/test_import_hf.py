@@ -78,6 +78,18 @@ def test_an_export_that_transformers_has_saved_again_comes_back(tmp_path, kind):
     assert back.tokenizer.encode_text(TEXT, back.boundary) == ids
 
 
+def test_an_export_from_before_masks_took_the_space_in_front_comes_back(tmp_path):
+    original = exported("untied")
+    shutil.copytree(original.folder, tmp_path / "old")
+    (tmp_path / "old" / "antlm.json").unlink()
+    newline = {"type": "Replace", "pattern": {"String": "\n"}, "content": "<s>"}
+    edit(tmp_path / "old" / "tokenizer.json", {"normalizer": newline})
+    back = run_import(tmp_path / "old", tmp_path / "run")
+    assert back.boundary == "line"
+    tokenizer = (original.run / "tokenizer.json").read_bytes()
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == tokenizer
+
+
 # ---------------------------------------------------------------------------------- foreign models
 
 
@@ -381,6 +393,14 @@ TOKENIZER_CHANGES = [
     ({"model.type": "Unigram"}, "a Unigram with"),
     ({"model.merges": [["a", "zz"]]}, "vocabulary and merges do not fit together"),
     ({"normalizer": {"type": "Lowercase"}}, "a normalizer Lowercase"),
+    (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}},
+        "a normalizer Strip",
+    ),
+    (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}},
+        "a normalizer Replace",
+    ),
     ({"pre_tokenizer": {"type": "Metaspace"}}, "a pre_tokenizer Metaspace"),
     ({"pre_tokenizer": None}, "a pre_tokenizer None"),
     ({"pre_tokenizer.pretokenizers": [DIGITS, BYTE_LEVEL]}, "byte-level BPE with GPT-2's split"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from hf_names import NAMES, hf_names, is_tied, split_merges
+from hf_names import NAMES, NEWLINE_TO_START, NO_SPACE_BEFORE_MASK, hf_names, is_tied, split_merges
 from model_card import LOADING, model_card
 from safetensors.torch import save_file
 
@@ -126,12 +126,13 @@ def hf_weights(model: Transformer) -> dict:
 def hf_tokenizer(source: Path, boundary: str) -> dict:
     """Return a tokenizer.json that gives the ids of Tokenizer.encode_text(text, boundary).
 
+    A <mask> in the text takes the place of a word, with or without the space in front of it.
     source: the run's tokenizer.json, which is for plain encode(text)
     """
     merges = json.loads(source.read_text(encoding="utf-8"))["model"]["merges"]
     # a copy, since parts of it are constants of antlm/tokenizer.py
     content = copy.deepcopy(tokenizer_json(split_merges(merges)))
-    start_token = content["added_tokens"][1]
+    _, start_token, _, mask_token = content["added_tokens"]
     vocab = content["model"]["vocab"]
 
     # transformers expects <s> in front of a text: with "none" the newline was there in training,
@@ -142,10 +143,14 @@ def hf_tokenizer(source: Path, boundary: str) -> dict:
     start_token["id"] = vocab["<s>"]
     content["post_processor"]["special_tokens"]["<s>"]["ids"] = [vocab["<s>"]]
 
-    # one token opens a text and stands for a newline: write each newline as <s> before splitting
+    # rewritten before the text is cut; special tokens marked `normalized` are looked for afterwards
+    rewrites = []
     if boundary != "document":
-        content["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": "<s>"}
-        start_token["normalized"] = True  # is looked for in the text after the normalizer
+        rewrites.append(NEWLINE_TO_START)  # one token opens a text and stands for a newline
+        start_token["normalized"] = True
+    rewrites.append(NO_SPACE_BEFORE_MASK)
+    mask_token["normalized"] = True
+    content["normalizer"] = {"type": "Sequence", "normalizers": rewrites}
     return content
 
 

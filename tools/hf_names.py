@@ -1,7 +1,7 @@
-"""What export_hf.py and import_hf.py share: names of parameters here and in Hugging Face folders.
+"""What export_hf.py and import_hf.py share: names of parameters, normalizers of tokenizers.
 
-A row names one of our parameters and those that, stacked in this order, make it; N is the number
-of a layer.
+A row of LLAMA or LTG_BERT names one of our parameters and those in a Hugging Face folder that,
+stacked in this order, make it; N is the number of a layer.
 """
 
 import re
@@ -47,6 +47,12 @@ LTG_BERT = {  # modeling_ltgbert.py, which has the names of the reference code (
     "head.vocab.bias": ["classifier.nonlinearity.5.bias"],
 }
 NAMES = {"babyllama": LLAMA, "ltg_bert": LTG_BERT}
+
+# normalizers in an exported tokenizer.json: a newline that is a start token, ...
+NEWLINE_TO_START = {"type": "Replace", "pattern": {"String": "\n"}, "content": "<s>"}
+# ... and the space in front of a hidden word, which training hides with the word; lstrip of the
+# mask token would take a newline or a further space as well, and those stay in training
+NO_SPACE_BEFORE_MASK = {"type": "Replace", "pattern": {"Regex": " (?=<mask>)"}, "content": ""}
 
 
 def hf_names(backbone: str, name: str) -> list[str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from hf_names import hf_names, is_tied, split_merges
+from hf_names import NEWLINE_TO_START, NO_SPACE_BEFORE_MASK, hf_names, is_tied, split_merges
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -189,15 +189,13 @@ def find_boundary(content: dict, path: Path) -> str:
         f"{path}: a {model_type} with a pre_tokenizer {splitter.get('type')} {patterns} is not "
         "supported, only byte-level BPE with GPT-2's split pattern",
     )
-    # a normalizer that changes the text, or shows that a newline was a start token
-    normalizer = content.get("normalizer") or {}
-    if normalizer.get("type") == "Replace" and normalizer["pattern"] == {"String": "\n"}:
-        return "line"  # of export_hf.py
-    require(
-        normalizer.get("type") in (None, "NFC", "NFKC"),
-        f"{path}: a normalizer {normalizer.get('type')} is not supported",
-    )
-    return "document"
+    # normalizers: what export_hf.py writes, and of others those that leave ASCII as it is
+    normalizer = content.get("normalizer") or {"normalizers": []}
+    steps = normalizer.get("normalizers", [normalizer])
+    for step in steps:
+        known = step in (NEWLINE_TO_START, NO_SPACE_BEFORE_MASK) or step["type"] in ("NFC", "NFKC")
+        require(known, f"{path}: a normalizer {step['type']} is not supported")
+    return "line" if NEWLINE_TO_START in steps else "document"
 
 
 def find_special(folder: Path, ids: dict[str, int]) -> dict[str, int]:

@@ -36,6 +36,8 @@ tags:
 {loading}
 The tokenizer puts `<s>` in front of a text. {newline}
 The literal texts `<pad>`, `<s>`, `</s>` and `<mask>` are special tokens.
+A hidden word is written as in `The boy <mask> home.` The space in front of it is hidden with it, as
+in training, so `The boy<mask> home.` means the same; a word of two tokens is `<mask><mask>`.
 
 ## Scores
 

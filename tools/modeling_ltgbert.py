@@ -336,8 +336,9 @@ class LtgBertForCausalLM(LtgBertForMaskedLM, GenerationMixin):
 
 
 class LtgBertForSequenceClassification(LtgBertModel):
-    """A fresh head on the first position; in causal mode on the last one that is no pad.
+    """A fresh head on the first position of a text; in causal mode on its last.
 
+    A text stands where the mask lets a query see; without a mask, where there is no pad.
     labels (B,) are numbers of classes.
     """
 
@@ -347,14 +348,21 @@ class LtgBertForSequenceClassification(LtgBertModel):
         self.num_labels = config.num_labels
         self.head = Head(config, config.num_labels)
 
+    def find_text(self, input_ids, attention_mask):
+        """Return True where a text stands, (B, T)."""
+        if attention_mask is None:
+            pad = self.config.pad_token_id
+            return input_ids != (-1 if pad is None else pad)
+        if attention_mask.dim() == 3:
+            return (attention_mask != 0).any(dim=1)
+        return attention_mask != 0
+
     def answer(self, x, labels, input_ids, attention_mask, causal):
-        position = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        if causal:
-            seen = input_ids != self.config.pad_token_id
-            if attention_mask is not None and attention_mask.dim() == 2:
-                seen = attention_mask != 0
-            # the largest of 1 to T among the seen ones, whichever side the pads are on
-            position = (seen * torch.arange(1, x.size(1) + 1, device=x.device)).argmax(dim=1)
+        # the largest number among the positions of the text, whichever side the pads are on
+        number = torch.arange(1, x.size(1) + 1, device=x.device)
+        if not causal:
+            number = number.flip(0)
+        position = (self.find_text(input_ids, attention_mask) * number).argmax(dim=1)
         logits = self.head(x[torch.arange(len(x), device=x.device), position])
         if labels is None:
             return {"logits": logits}
