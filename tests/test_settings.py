@@ -302,6 +302,7 @@ TRAIN_ROWS = [
     Row("out_dir", {"@out/run": True, "@out/other": False}, lambda run: run_folder(run).exists()),
     Row("resume", {False: "refused", True: 3}, steps_trained, {"out_dir": "@half_run"}),
     # model
+    Row("init_from", ("", "@half_run"), first_weights),
     Row("backbone", {name: {row.block} for name, row in BACKBONES.items()}, blocks),
     Row("n_layer", {1: {1}, 3: {3}}, n_layers),
     Row("n_head", {2: {2}, 4: {4}}, heads),
