@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ import torch
 from hf_runs import KINDS, TEXT, assert_close, exported, load_hf, transformers  # isort: skip
 import export_hf
 import import_hf
+from conftest import train_here
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 import eval as evaluation
+import prepare
 from antlm.checkpoint import checkpoints, load_checkpoint, load_run
 from antlm.tokenizer import END, MASK, PAD, START
 from config import UserError
@@ -302,6 +305,41 @@ def test_a_foreign_run_exports_with_a_card_that_names_its_source(tmp_path):
     assert "imported into AntLM" in card
     assert "comes from `foreign`" in card
     assert "| words seen, with repetition | unknown |" in card
+
+
+def settings_of(model: Transformer) -> list[str]:
+    """Return the flags of train.py that give a model the sizes of this one."""
+    sizes = asdict(model.config)
+    del sizes["vocab_size"]
+    sizes["tied"] = str(sizes["tied"]).lower()
+    return [f"--{name}={value}" for name, value in sizes.items()]
+
+
+@every_kind
+def test_a_run_starts_from_an_imported_model_and_the_way_back_keeps_its_history(tmp_path, kind):
+    imported = run_import(exported(kind).folder, tmp_path / "imported")
+    (tmp_path / "text.train").write_text(TEXT * 9, encoding="utf-8")
+    (tmp_path / "text.dev").write_text(TEXT, encoding="utf-8")
+    prepare.prepare(
+        [str(tmp_path / "text.train")],
+        [str(tmp_path / "text.dev")],
+        str(tmp_path / "corpus"),
+        boundary=imported.boundary,
+        tokenizer=str(tmp_path / "imported" / "tokenizer.json"),
+    )
+    args = [*settings_of(imported.model), "--block_size=16", "--batch_rows=8", "--schedule=1_MLM"]
+    args += [f"--corpus={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'run'}"]
+    train_here(*args, f"--init_from={tmp_path / 'imported'}")
+
+    run = load_run(str(tmp_path / "run"))
+    words = imported.content["words"]
+    assert run.content["words"] > words
+    assert [entry["schedule"] for entry in run.history] == [imported.schedule]
+    assert [entry["words"] for entry in run.history] == [words]
+    export_hf.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`{imported.schedule}` ({words:,} words" in card
+    assert run_import(tmp_path / "out", tmp_path / "back").history == run.history
 
 
 # ----------------------------------------------------------------------------- changed and refused

@@ -215,7 +215,8 @@ def reached_mark(run: LoadedRun) -> int | None:
     Far: by more words than pass between two checkpoints, so that the mark's own one is missing.
     """
     words = run.content["words"]
-    between = run.settings["save_every"] * words / run.step
+    words_before = run.history[-1]["words"] if run.history else 0
+    between = run.settings["save_every"] * (words - words_before) / run.step
     reached = [mark for mark in WORD_MARKS if mark <= words]
     if not reached or words - reached[-1] > between:
         return None

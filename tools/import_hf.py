@@ -307,6 +307,7 @@ def import_folder(folder: Path, out: Path) -> Path:
         "step": exported.get("step", 1),
         "words": exported.get("words"),
         "settings": settings,
+        "history": exported.get("history", []),
         "optimizer": [],
         "boundary": boundary,
         "tokens_sha256": exported.get("tokens_sha256"),

@@ -24,7 +24,7 @@ tags:
 
 | | |
 |---|---|
-| schedule | `{settings[schedule]}` |
+| schedule | {schedule} |
 | optimizer steps | {step:,} |
 | words seen, with repetition | {words} |
 | training text | `{settings[corpus]}` |
@@ -93,6 +93,7 @@ def model_card(run: LoadedRun, name: str) -> str:
         n_parameters=sum(p.numel() for p in run.model.parameters()),
         origin=origin,
         settings=run.settings,
+        schedule=describe_schedule(run),
         step=run.step,
         words="unknown" if words is None else f"{words:,}",
         sizes=f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, feed-forward {c.n_ff}, "
@@ -102,6 +103,15 @@ def model_card(run: LoadedRun, name: str) -> str:
         scores=score_table(run.path.parent, run.step),
         training=training,
     )
+
+
+def describe_schedule(run: LoadedRun) -> str:
+    """Return the schedule, after those of the runs whose weights this one was started from."""
+    parts = []
+    for entry in run.history:
+        words = "unknown" if entry["words"] is None else f"{entry['words']:,}"
+        parts.append(f"`{entry['schedule']}` ({words} words, sha256 {entry['sha256'][:16]}), then ")
+    return "".join(parts) + f"`{run.schedule}`"
 
 
 def score_table(folder: Path, step: int) -> str:
