@@ -4,12 +4,11 @@ python -m pytest tests/test_texts.py    # 1 s
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
 import os
-import sqlite3
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_links_are_followed_and_nothing_is_read_twice(tmp_path, capsys):
+def test_links_are_followed_and_no_file_is_read_under_two_names(tmp_path, capsys):
     folder = tmp_path / "text"
     fill(folder, "m/x.train", "y.train")
     fill(tmp_path / "elsewhere", "z.train", "deep/z.train", "blob")
@@ -69,46 +68,53 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path, capsys):
     (folder / "c").symlink_to(".")
     (folder / "d.train").symlink_to("m/x.train")
     (folder / "e.train").symlink_to("../elsewhere/blob")  # as caches link to files of any name
-    os.link(folder / "y.train", folder / "z.train")
-    names = ["a/deep/z.train", "a/z.train", "e.train", "m/x.train", "y.train"]
-    assert found_in(folder, ".train") == names
-    message = capsys.readouterr().err
-    assert message.startswith(f"{folder}: left out 5 read already under another name (first ")
-    assert message.endswith(", 1 ending in nothing (first a/blob)\n")
-    assert message.count("\n") == 1
+    paths = find_files(folder, (".train",))
+    contents = sorted(path.read_text() for path in paths)
+    expected = ["blob", "deep/z.train", "m/x.train", "y.train", "z.train"]
+    assert contents == [f"text of {name}\n" for name in expected]
+    assert paths == sorted(paths) == find_files(folder, (".train",))
+    line = f"{folder}: left out 1 of other endings (first a/blob)\n"
+    assert capsys.readouterr().err == 2 * line
 
 
-def test_a_link_to_a_link_loop_or_to_nothing_is_named(tmp_path):
+@pytest.mark.parametrize("target", ["nowhere", "y.train", "pipe"])
+def test_a_text_that_is_no_file_is_named(tmp_path, target):
     fill(tmp_path, "x.train")
-    for target in ("nowhere", "y.train"):
-        (tmp_path / "y.train").symlink_to(target)
-        with pytest.raises(UserError, match=f"^{tmp_path}/y.train: is a link to nothing"):
-            find_files(tmp_path, (".train",))
-        (tmp_path / "y.train").unlink()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "y.train").symlink_to(target)
+    with pytest.raises(UserError, match=f"^{tmp_path}/y.train: is a pipe or a link to nothing"):
+        find_files(tmp_path, (".train",))
 
 
-def test_every_ending_that_is_not_read_is_said(tmp_path, capsys):
-    fill(tmp_path, "a.train", "README.md", "LICENSE", "b.train.zst", "deep/b.zip", "deep/c.zip")
-    os.mkfifo(tmp_path / "p.train")
+def test_a_pipe_that_is_named_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.train")
+    with pytest.raises(UserError, match=f"^{tmp_path}/x.train: is a pipe "):
+        find_files(tmp_path / "x.train", (".train",))
+
+
+def test_what_is_left_out_is_one_short_line(tmp_path, capsys):
+    names = ["a.train", "README.md", "LICENSE", "b.train.zst", "deep/b.zip", ".x", "deep/.x/y"]
+    fill(tmp_path, *names, *[f"deep/x.{i}" for i in range(100)])
+    (tmp_path / "link.md").symlink_to("nowhere")
     assert found_in(tmp_path, ".train") == ["a.train"]
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert message.startswith(f"{tmp_path}: left out ")
-    for part in (
-        "1 ending in .md (first README.md)",
-        "1 ending in nothing (first LICENSE)",
-        "1 ending in .zst (first b.train.zst)",
-        "2 ending in .zip (first deep/b.zip)",
-        "1 a pipe or a device (first p.train)",
-    ):
-        assert part in message
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: left out 2 hidden (first .x), 105 of other endings (first LICENSE)\n"
+    )
 
-    # however many there are, it is one line of some words
-    fill(tmp_path, *[f"x.{i}" for i in range(100)])
-    assert found_in(tmp_path, ".train") == ["a.train"]
-    message = capsys.readouterr().err
-    assert message.endswith(", others\n")
-    assert len(message) < 600
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """Not a folder without text; root may read any, so the error is made here."""
+    fill(tmp_path, "x.train", "deep/y.train")
+    iterdir = Path.iterdir
+
+    def guarded(folder: Path):
+        if folder.name == "deep":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    with pytest.raises(PermissionError, match="deep"):
+        find_files(tmp_path, (".train",))
 
 
 @pytest.mark.parametrize("names", [(), ("x.zip", ".x.train", "deep/y.zip")])
@@ -119,7 +125,7 @@ def test_a_folder_without_such_files_is_an_error_that_says_what_is_in_it(tmp_pat
     message = str(error.value)
     assert message.startswith(f"{tmp_path}: holds no .train, .txt file; left out: ")
     if names:
-        assert message.endswith("1 hidden (first .x.train), 2 ending in .zip (first deep/y.zip)")
+        assert message.endswith("1 hidden (first .x.train), 2 of other endings (first deep/y.zip)")
     else:
         assert message.endswith("nothing")
 
@@ -134,45 +140,20 @@ def test_a_file_that_is_named_is_read_whatever_its_ending(tmp_path):
 # --------------------------------------------------------------------------------- kinds of files
 
 
-def packed(write) -> bytes:
-    """Return what a function writes into an open binary file."""
+def zipped() -> bytes:
     file = io.BytesIO()
-    write(file)
-    return file.getvalue()
-
-
-def write_zip(file):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("x.train", TEXT)
-
-
-def write_tar(file):
-    member = tarfile.TarInfo("x.train")
-    member.size = len(TEXT)
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.addfile(member, io.BytesIO(TEXT.encode()))
-
-
-def sqlite() -> bytes:
-    database = sqlite3.connect(":memory:")
-    database.execute("create table texts (line)")
-    return database.serialize()
+    return file.getvalue()
 
 
 OTHER_KINDS = {
     "compressed by bzip2": bz2.compress(TEXT.encode()),
     "compressed by xz": lzma.compress(TEXT.encode()),
-    "a zip archive": packed(write_zip),
-    "a tar archive": packed(write_tar),
-    "an SQLite database": sqlite(),
+    "a zip archive": zipped(),
     # how they begin by their specifications
     "compressed by zstd": bytes.fromhex("28b52ffd") + b"\x24\x05",
-    "compressed by lz4": bytes.fromhex("04224d18") + b"\x64\x40",
     "a Parquet table": b"PAR1\x15\x04\x15\x20",
-    "an Arrow table": b"ARROW1\0\0",
-    "a 7z archive": b"7z\xbc\xaf\x27\x1c",
-    "a rar archive": b"Rar!\x1a\x07\x01\0",
-    "a PDF": b"%PDF-1.7\n",
 }
 
 
@@ -180,7 +161,14 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, kind, pack):
     (tmp_path / "x").write_bytes(pack(OTHER_KINDS[kind]))
-    with pytest.raises(UserError, match=f"^{tmp_path}/x: is {kind}, not text; "):
+    with pytest.raises(UserError, match=f"^{tmp_path}/x: is {kind}, not text in UTF-8; "):
+        with open_text(tmp_path / "x"):
+            pass
+
+
+def test_text_that_is_compressed_twice_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(gzip.compress(gzip.compress(TEXT.encode())))
+    with pytest.raises(UserError, match="x: is compressed by gzip, not text in UTF-8; "):
         with open_text(tmp_path / "x"):
             pass
 
@@ -194,29 +182,20 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no mark", "mark"])
 @pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
-def test_utf_16_and_32_are_refused_with_the_advice_that_reads_them(tmp_path, text, mark, encoding):
-    raw = (mark + text).encode(encoding)
-    (tmp_path / "x").write_bytes(raw)
-    with pytest.raises(UserError) as error:
+def test_text_in_utf_16_is_refused_with_and_without_a_mark(tmp_path, text, mark, encoding):
+    (tmp_path / "x").write_bytes((mark + text).encode(encoding))
+    with pytest.raises(UserError, match=f"^{tmp_path}/x: is text in UTF-16, not text in UTF-8; "):
         with open_text(tmp_path / "x"):
             pass
-    line = str(error.value)
-    named = line.partition("iconv -f ")[2].split()[0]
-    assert line == (
-        f"{tmp_path}/x: is text in {named}, not UTF-8; convert it with iconv -f {named} -t UTF-8"
-    )
-    assert raw.decode(named) == text
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "",
-        "\0",
-        "a\0",
         "a\0b\n" + TEXT,
         "\0" * 4096,
         "\ufeff" + TEXT,
