@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from antlm.files import Progress, find_files, open_text, unfinished_folder, write_json
+from antlm.files import Progress, unfinished_folder, write_json
+from antlm.texts import find_files, open_text
 from antlm.tokenizer import (
     BOUNDARIES,
     PATTERN,

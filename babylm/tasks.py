@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from antlm.files import START_BYTES, find_files, refuse_other_kinds
+from antlm.texts import START_BYTES, find_files, refuse_other_kinds
 from config import UserError, require
 
 

@@ -395,8 +395,8 @@ def test_hidden_copies_are_left_out_and_linked_folders_read_once(tmp_path, capsy
     ]
     assert len(items) == 2 * len(PAIRS)
     assert capsys.readouterr().err == (
-        f"{root}: left out 1 ending in .gz (first a.jsonl.gz), "
-        "2 hidden (first blimp/._a.jsonl), 1 read already under another name (first again)\n"
+        f"{root}: left out 2 hidden (first blimp/._a.jsonl), "
+        "1 of other endings (first a.jsonl.gz)\n"
     )
 
 
@@ -421,7 +421,7 @@ BAD_FILES = {
     b'{"sentence_good": "x", "sentence_bad": "\xff"}': "t.jsonl:1: not JSON in UTF-8",
     b"[1, 2]": "t.jsonl:1: a JSON object",
     gzip.compress(b"{}"): "t.jsonl: is compressed by gzip, not text",
-    '{"sentence_good": "x"}\n'.encode("utf-16"): "t.jsonl: is text in UTF-16, not UTF-8",
+    '{"sentence_good": "x"}\n'.encode("utf-16"): "t.jsonl: is text in UTF-16, not text",
     b'{"sentence_good": "x"}': "t.jsonl:1: the field 'sentence_bad' is missing",
     b'{"sentence_good": "x", "sentence_bad": "y"}\n{"sentence_good": 3, "sentence_bad": "y"}': (
         "t.jsonl:2: the field 'sentence_good' must be text, not '3'"
