@@ -13,7 +13,6 @@ There are three ways to ask it, by what it was trained to do:
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from antlm.checkpoint import LoadedRun, load_run
 from antlm.distributed import find_device
 from antlm.files import Progress
+from antlm.program import clean_exit
 from antlm.tokenizer import MASK, START, Tokenizer
 from babylm.results import summarize, write_result
 from babylm.tasks import Item, fingerprint, read_tasks
@@ -420,7 +420,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"eval.py: {error}")

@@ -24,6 +24,7 @@ from torch import nn
 import config
 from antlm.checkpoint import LoadedRun, file_sha256, load_run
 from antlm.distributed import find_device
+from antlm.program import clean_exit
 from antlm.tokenizer import PAD
 from babylm.classifier import Classifier
 from babylm.glue import (
@@ -295,7 +296,18 @@ def make_classifier(model: Transformer, n_classes: int, settings: Settings) -> C
     classifier = Classifier(model, n_classes, causal, settings.pool, settings.dropout)
     if settings.lora_rank:
         classifier.add_adapters(settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+    # not the first: its input needs no gradient where only adapters learn, and torch would warn
+    for block in classifier.blocks[1:]:
+        block.register_full_backward_pre_hook(look_for_signals)
     return classifier
+
+
+def look_for_signals(*args):
+    """Do nothing, between the backward passes of two blocks.
+
+    Python handles a signal when it comes to a line of Python; backward() alone has none for what
+    may be half a minute on a CPU.
+    """
 
 
 def finetune(
@@ -443,6 +455,14 @@ def run_task(task: str, settings: Settings, run: LoadedRun, results: dict, out: 
 
 def main(args: list[str]):
     """Run what the command line asks for; raises UserError and OSError."""
+    try:
+        run_tasks(args)
+    except torch.OutOfMemoryError:
+        raise UserError("the device's memory is full; choose a smaller --batch_rows") from None
+
+
+def run_tasks(args: list[str]):
+    """Fine-tune on the tasks that the command line asks for, then print the tables."""
     names_run = len(args) > 0 and not args[0].startswith("-")
     settings = config.load(Settings, args[1:] if names_run else args)  # --help ends here
     require(names_run, "name a run first: finetune.py RUN [FILE...] [--SETTING=VALUE...]")
@@ -479,9 +499,5 @@ def main(args: list[str]):
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main(sys.argv[1:])
-    except torch.OutOfMemoryError:
-        sys.exit("finetune.py: the device's memory is full; choose a smaller --batch_rows")
-    except (UserError, OSError) as error:
-        sys.exit(f"finetune.py: {error}")

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from antlm.files import Progress, unfinished_folder, write_json
+from antlm.files import Progress, new_folder, write_json
+from antlm.program import clean_exit
 from antlm.texts import find_files, open_text
 from antlm.tokenizer import (
     BOUNDARIES,
@@ -272,11 +273,8 @@ def prepare(
         raise UserError(f"{folder}: exists already; remove it or choose another --out")
     check_texts([*train_files, *dev_files])
 
-    # work in a hidden folder beside it, renamed at the end
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_folder(folder)
-    unfinished.mkdir()
-    try:
+    with new_folder(folder) as unfinished:
+        unfinished.mkdir()
         if tokenizer:
             encoder = Tokenizer(
                 tokenizer
@@ -297,9 +295,6 @@ def prepare(
             "settings": settings,
         }
         write_json(unfinished / "meta.json", meta)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return meta
 
 
@@ -340,7 +335,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"prepare.py: {error}")

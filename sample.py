@@ -7,15 +7,15 @@ Each sample ends where the next text would start.
 """
 
 import argparse
-import sys
 
 import torch
 from torch import Tensor
 
 from antlm.checkpoint import LoadedRun, load_run
 from antlm.distributed import find_device
+from antlm.program import clean_exit
 from antlm.tokenizer import SPECIAL
-from config import UserError, require
+from config import require
 from data import OBJECTIVES, find_objectives
 from model import Transformer
 
@@ -136,7 +136,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"sample.py: {error}")

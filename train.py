@@ -28,6 +28,7 @@ from antlm.distributed import (
     errors_in_one_line,
     has_fast_bfloat16,
     leave,
+    missing_for_compile,
 )
 from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
@@ -334,6 +335,18 @@ def evaluate(
     return losses
 
 
+def compiles(s: Settings, device: torch.device) -> bool:
+    """Whether the model is compiled; raises UserError where it should be and cannot."""
+    missing = missing_for_compile(device)
+    require(
+        s.compile != "on" or missing is None,
+        f"compile = 'on' needs {missing}; install it, or choose off",
+    )
+    # a compiled model takes a minute or more to build: on a CPU many runs would not win it back
+    wanted = s.compile == "on" or (s.compile == "auto" and device.type == "cuda")
+    return wanted and missing is None
+
+
 def count_shapes(s: Settings, batches: Batches, world: int) -> int:
     """Return how many kinds of forward pass the schedule has: a compiled model builds each once."""
     shapes = set()
@@ -364,7 +377,7 @@ def describe_machine(s: Settings, processes: Processes, bfloat16: bool, compiled
         line += " (auto: bfloat16 where the device has fast instructions for it)"
     line += "; compile on" if compiled else "; compile off"
     if s.compile == "auto":
-        line += " (auto: on for a GPU only)"
+        line += " (auto: on for a GPU with a C compiler)"
 
     # threads that wait for those of another program do less than half of the work
     if processes.device.type == "cpu" and processes.world == 1:
@@ -408,7 +421,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     # ---------------------------------------------------------- precision, compilation, parallelism
     bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and has_fast_bfloat16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    compiled = s.compile == "on" or (s.compile == "auto" and device.type == "cuda")
+    compiled = compiles(s, device)
     if compiled:
         # torch would go on uncompiled after the eighth shape
         torch._dynamo.config.recompile_limit = max(8, count_shapes(s, batches, processes.world))

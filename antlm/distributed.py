@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from antlm.program import clean_exit
 from config import UserError, require
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -45,6 +48,44 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
+
+
+def find_compiler(device: torch.device) -> str | None:
+    """Return the path of the compiler that torch.compile calls, None where there is none.
+
+    On a CPU the C++ compiler of cpp.cxx in torch/_inductor/config.py (torch 2.13), on CUDA the C
+    compiler of triton/runtime/build.py.
+    """
+    if device.type == "cuda":
+        names = ["gcc", "clang"]
+        variable = "CC"
+    else:
+        names = ["clang++" if sys.platform == "darwin" else "g++"]
+        variable = "CXX"
+    # the variable replaces the others, also where it names nothing
+    if variable in os.environ:
+        names = [os.environ[variable]]
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
+
+
+def missing_for_compile(device: torch.device) -> str | None:
+    """Name what torch.compile needs and this machine lacks; None where it has all."""
+    if find_compiler(device) is None:
+        if device.type == "cuda":
+            return "a C compiler (gcc, clang, or the one that CC names)"
+        return "a C++ compiler (g++, or the one that CXX names)"
+
+    # what it compiles are modules of Python: where compilers look for its headers
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
+    for variable in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
+        folders += os.environ.get(variable, "").split(os.pathsep)
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        return "the headers of Python (Python.h, in python3-dev or python3-devel)"
+    return None
 
 
 def keep_freed_memory():
@@ -189,30 +230,33 @@ def leave(processes: Processes, code: int):
 
 @contextmanager
 def errors_in_one_line():
-    """End the program with one line where the user or the machine is at fault."""
-    try:
-        yield
-        return
-    except KeyboardInterrupt:  # while it starts; later Ctrl-C is handled
-        sys.exit(130)
-    except UserError as error:
-        line = str(error)
-    except OSError as error:
-        line = (
-            f"{error.filename}: {error.strerror}; finished checkpoints are whole: fix this, then "
-            "go on with --resume"
-        )
-    except torch.OutOfMemoryError:
-        line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+    """End train.py as clean_exit does, with a line that says how to go on."""
+    # A signal while it starts ends it at once: a process of several may be waiting in C++ for
+    # another. Later ones are handled by StopSignals.
+    with clean_exit(signals=()):
+        try:
+            yield
+            return
+        except UserError as error:
+            line = str(error)
+        except BrokenPipeError:
             raise
-        line = (
-            f"process {os.environ['RANK']}: lost contact with another one; go on from the newest "
-            "checkpoint with --resume"
-        )
-    # torchrun ends all processes once one has failed: the first on each node is to say why
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(10)
-    sys.exit(f"{Path(sys.argv[0]).name}: {line}")
+        except OSError as error:
+            line = f"{error.strerror}; finished checkpoints are whole: fix this, then go on with "
+            line += "--resume"
+            if error.filename:
+                line = f"{error.filename}: {line}"
+        except torch.OutOfMemoryError:
+            line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+            line = (
+                f"process {os.environ['RANK']}: lost contact with another one; go on from the "
+                "newest checkpoint with --resume"
+            )
+        # torchrun ends all processes once one has failed: the first on each node is to say why
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)
+        raise UserError(line)

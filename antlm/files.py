@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -63,6 +64,21 @@ def unfinished_folder(folder: Path) -> Path:
         if match and not is_running(int(match[1])):
             shutil.rmtree(leftover, ignore_errors=True)
     return folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+
+
+@contextmanager
+def new_folder(path: Path):
+    """Yield the path of a hidden folder beside `path`, to be made there and renamed at the end.
+
+    So the folder appears complete or not at all. Raises OSError if it has come up meanwhile.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = unfinished_folder(path)
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def is_running(process: int) -> bool:

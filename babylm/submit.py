@@ -16,11 +16,13 @@ import argparse
 import functools
 import gzip
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 
+from antlm.files import write_whole
+from antlm.program import clean_exit
 from babylm.results import read_result
 from babylm.tasks import Item, fingerprint, read_tasks
 from config import UserError
@@ -264,8 +266,7 @@ def write_files(files: dict[Path, dict]):
         text = json.dumps(content, ensure_ascii=False).encode()
         if path.suffix == ".gz":
             text = gzip.compress(text)
-        path.write_bytes(text)
-        print(path)
+        write_whole(path, methodcaller("write", text))
 
 
 def main(argv: list[str] | None = None):
@@ -311,7 +312,9 @@ def main(argv: list[str] | None = None):
             parts[part], ties = zero_shot(part, scored[part], items, args.mode, args.year)
             n_ties += ties
 
-    write_files(year.files(args.out, name, args.mode, parts, tasks))
+    files = year.files(args.out, name, args.mode, parts, tasks)
+    write_files(files)
+    print(*files, sep="\n")
     n_subtasks = sum(len(predictions) for predictions in parts.values())
     print(f"{n_subtasks} subtasks and {len(tasks)} GLUE tasks of step {step}, {n_ties} ties")
     if missing:
@@ -321,7 +324,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as e:
-        sys.exit(f"submit.py: {e}")

@@ -25,6 +25,7 @@ import torch
 
 import prepare
 from antlm.checkpoint import checkpoints, load_checkpoint, load_newest
+from antlm.program import clean_exit
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = [
@@ -271,4 +272,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

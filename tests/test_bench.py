@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from antlm.tokenizer import SPECIAL, START, save_tokenizer
+from config import UserError
 from data import OBJECTIVES, Batches
 from model import BACKBONES, ModelConfig, Transformer
 from tools import bench
@@ -160,7 +161,7 @@ def run_bench(monkeypatch, *flags: str):
 
 @pytest.mark.parametrize("flags", [[], ["--peer"]])
 def test_a_row_that_a_backbone_cannot_take_ends_in_one_line(third_backbone, monkeypatch, flags):
-    with pytest.raises(SystemExit, match=r"^bench.py: .*17 .* 16 tokens that third can take$"):
+    with pytest.raises(UserError, match=r"17 .* 16 tokens that third can take$"):
         run_bench(monkeypatch, *flags, *THIRD, "block_size=17")
 
 
@@ -179,5 +180,5 @@ def test_scoring_is_timed_for_a_backbone_with_a_longest_row(
     run_bench(monkeypatch, *flags)
     assert capsys.readouterr().out.count("times the plain way") == 2  # causal and masked
     write_pair("16 bytes: abcdef")
-    with pytest.raises(SystemExit, match="bench.py: text 0: 17 tokens, but the model takes 16"):
+    with pytest.raises(UserError, match="text 0: 17 tokens, but the model takes 16"):
         run_bench(monkeypatch, *flags)

@@ -17,6 +17,7 @@ The ceiling is the rate of plain matrix products of the model's own shapes in th
 import argparse
 import multiprocessing
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -24,6 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__mp_main__":
+    # a case: Ctrl-C, which reaches it too, is for the process that started it and will end it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import numpy as np
 import torch
@@ -33,11 +38,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 import eval as evaluation
 from antlm import IGNORE
-from antlm.distributed import Processes, find_device, has_fast_bfloat16
+from antlm.distributed import Processes, find_device, has_fast_bfloat16, missing_for_compile
 from antlm.optim import guarded_step, make_optimizers
+from antlm.program import clean_exit
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
 from babylm.tasks import read_tasks
-from config import UserError, load
+from config import UserError, load, require
 from data import OBJECTIVES, Batch, Batches
 from model import Transformer
 from tools.peers import PEERS
@@ -186,6 +192,15 @@ def ceiling(case: Case, rows: int) -> float:
     return flops / seconds
 
 
+def ask(pipe, steps: int):
+    """Return what a case answers to a number of steps; raises UserError if it has died."""
+    try:
+        pipe.send(steps)
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        raise UserError("a case has died, see above; if memory ran out, try fewer --rows") from None
+
+
 def compare(cases: list[Case], args):
     """Let our model and its peer take turns, and print a line for each."""
     # a process each
@@ -196,8 +211,7 @@ def compare(cases: list[Case], args):
         arguments = (end, case, args.rows, args.threads)
         context.Process(target=run_case, args=arguments, daemon=True).start()
         end.close()  # so that a process that dies is noticed
-        pipe.send(2)  # warm up and compile
-        pipe.recv()
+        ask(pipe, 2)  # warm up and compile
         pipes.append(pipe)
 
     # take turns
@@ -206,15 +220,13 @@ def compare(cases: list[Case], args):
     for _ in range(args.rounds):
         ceilings.append(ceiling(cases[0], args.rows))
         for pipe, times in zip(pipes, seconds, strict=True):
-            pipe.send(args.steps)
-            times.append(pipe.recv() / args.steps)
+            times.append(ask(pipe, args.steps) / args.steps)
 
     # medians of the rounds
     speeds = []
     peak = statistics.median(ceilings)
     for case, pipe, times in zip(cases, pipes, seconds, strict=True):
-        pipe.send(0)
-        memory, flops = pipe.recv()
+        memory, flops = ask(pipe, 0)
         step = statistics.median(times)
         speed = args.rows * case.settings.block_size / step
         line = f"{case!s:36} {speed:10,.0f} {1000 * step:9.1f} {memory / 1e9:6.2f}"
@@ -361,19 +373,18 @@ def main():
     add("--limit", type=int, default=10, help="pairs of each file to score")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    try:
-        device = find_device("auto")
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        print(f"{name}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds")
-        if args.scoring:
-            bench_scoring(args, device)
-        else:
-            bench_training(args, device)
-    except (EOFError, BrokenPipeError):
-        sys.exit("bench.py: a case has died, see above; if memory ran out, try fewer --rows")
-    except (UserError, OSError) as error:
-        sys.exit(f"bench.py: {error}")
+    device = find_device("auto")
+    if "on" in args.compile:
+        missing = missing_for_compile(device)
+        require(missing is None, f"--compile on needs {missing}; install it, or choose off")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds")
+    if args.scoring:
+        bench_scoring(args, device)
+    else:
+        bench_training(args, device)
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

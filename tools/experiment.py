@@ -35,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import plot
 
 import config
+from antlm.files import write_whole
+from antlm.program import clean_exit
 from babylm.glue import TASKS
 from babylm.results import read_result, write_result
 from babylm.tasks import read_tasks
@@ -195,8 +197,8 @@ def make_corpus(spec: Spec):
     command = [str(ROOT / "prepare.py"), text, "--dev", spec.dev, "--out", spec.corpus]
     command += ["--vocab_size", str(spec.vocab_size)]
     print(f"python {shlex.join(command)}", flush=True)
-    if subprocess.run([sys.executable, *command]).returncode:
-        raise UserError(f"{spec.corpus}: was missing, and the command above that makes it failed")
+    code = run_until_stopped([sys.executable, *command])
+    require(code == 0, f"{spec.corpus}: was missing, and the command above that makes it failed")
 
 
 def plan(spec: Spec, corpus: Corpus) -> list[Run]:
@@ -233,7 +235,7 @@ def check_folder(folder: Path, settings: Settings, corpus: Corpus):
     # a run that failed before its first checkpoint may be mended
     if not any(re.match("(step|eval|glue)_", file.name) for file in folder.glob("*")):
         return
-    old_settings = json.loads((folder / "settings.json").read_text())
+    old_settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     for name, value in asdict(settings).items():
         is_free = name in FREE - COMPARED
         require(
@@ -258,7 +260,7 @@ def open_log(path: Path):
     Programs that write to the log hold the lock, too: one that a killed call has left behind is not
     disturbed.
     """
-    log = open(path, "a")
+    log = open(path, "a", encoding="utf-8", errors="backslashreplace")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -273,20 +275,28 @@ def stop(number, frame):
     sys.exit(128 + number)
 
 
-def call(program: str, args: list[str], log):
-    """Run a program of this project that writes to the log; raises CalledProcessError."""
-    command = [sys.executable, str(ROOT / program), *args]
-    print(f"python {shlex.join(command[1:])} >> {log.name}", flush=True)
-    print(f"$ {shlex.join(command)}", file=log, flush=True)
+def run_until_stopped(command: list[str], log=None) -> int:
+    """Run a command and return its exit code; a signal to this process ends that one first."""
     # in a session of its own: Ctrl-C reaches this process alone, which then sends one SIGTERM
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
     try:
-        code = process.wait()
+        return process.wait()
     except SystemExit:
         process.terminate()  # train.py then saves
         process.wait()
+        raise
+
+
+def call(program: str, args: list[str], log):
+    """Run a program of this project that writes to the log; raises CalledProcessError."""
+    command = [sys.executable, str(ROOT / program), *args]
+    print(f"python {shlex.join(command[1:])} >> {log.name}", flush=True)
+    print(f"$ {shlex.join(command)}", file=log, flush=True)
+    try:
+        code = run_until_stopped(command, log)
+    except SystemExit:
         print("stopped, what was trained is saved; the same command goes on", flush=True)
         raise
     if code:
@@ -343,7 +353,7 @@ def run_missing(spec: Spec, runs: list[Run]) -> list[Run]:
             except subprocess.CalledProcessError as e:
                 failed.append(run)
                 print(f"{run.folder}: FAILED, exit code {e.returncode}; the end of {run.log}:")
-                lines = run.log.read_text(errors="replace").splitlines()
+                lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
                 print(*lines[-12:], sep="\n    ", flush=True)
     return failed
 
@@ -358,7 +368,7 @@ def measure(spec: Spec, run: Run, items: dict[str, str]) -> dict[str, float]:
     Raises UserError if this run was scored on others.
     """
     numbers = {}
-    for line in (run.folder / "metrics.jsonl").read_text().splitlines():
+    for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         for objective, loss in json.loads(line).get("dev", {}).items():
             numbers[f"dev loss {objective}"] = loss  # the last one counts
     # arms are comparable only on the same items
@@ -471,13 +481,14 @@ def report(spec: Spec, runs: list[Run], failed: list[Run]):
     lines += ["", f"{len(runs) - len(finished)} of {len(runs)} runs left"]
     lines += [f"FAILED: {run.folder}, see {run.log}" for run in failed]
     text = "\n".join([*lines, "", NOTES, ""])
-    print(f"\n{text}written: {spec.out}/results.md and results.json")
 
     # the spec with what flags have changed, so that the results tell how to get them again
     values = "\n".join(f"{name} = {value!r}" for name, value in asdict(spec).items())
-    Path(spec.out, "results.md").write_text(f"{text}\n```\n{values}\n```\n")
+    page = f"{text}\n```\n{values}\n```\n".encode(errors="backslashreplace")
+    write_whole(Path(spec.out, "results.md"), lambda file: file.write(page))
     write_result(Path(spec.out, "results.json"), {"spec": asdict(spec), "rows": rows})
     draw(spec, rows)
+    print(f"\n{text}written: {spec.out}/results.md and results.json")
 
 
 def draw(spec: Spec, rows: list[dict]):
@@ -489,7 +500,7 @@ def draw(spec: Spec, rows: list[dict]):
     if not any(scores.values()):
         return
     try:
-        plot.draw_scores(scores).savefig(Path(spec.out, "scores.png"), dpi=150)
+        plot.save_figure(plot.draw_scores(scores), Path(spec.out, "scores.png"), dpi=150)
     except UserError as e:
         print(f"no picture: {e}")
 
@@ -528,7 +539,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as e:
-        sys.exit(f"experiment.py: {e}")

@@ -22,7 +22,8 @@ from model_card import LOADING, model_card
 from safetensors.torch import save_file
 
 from antlm.checkpoint import LoadedRun, checkpoints, load_run
-from antlm.files import write_json
+from antlm.files import new_folder, write_json
+from antlm.program import clean_exit
 from antlm.tokenizer import PAD, byte_alphabet, tokenizer_json
 from config import UserError, require
 from model import ModelConfig, Transformer
@@ -223,12 +224,14 @@ def reached_mark(run: LoadedRun) -> int | None:
     return reached[-1]
 
 
-def export_checkpoints(folder: Path, out: Path, name: str):
+def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
     """Write chck_1M, chck_2M, ... and main, which is the last checkpoint, into the folder `out`.
 
-    The first checkpoint that stands for a mark is taken. Names the marks without one.
+    The first checkpoint that stands for a mark is taken.
+    Returns lines that say which checkpoint became which folder, and name the marks without one.
     """
     # from the oldest to the newest; damaged ones are named and passed over
+    lines = []
     run = None
     exported = set()
     for path in reversed(checkpoints(folder)):
@@ -243,7 +246,7 @@ def export_checkpoints(folder: Path, out: Path, name: str):
         if mark is not None and mark not in exported:
             label = f"chck_{mark // 1_000_000}M"
             export(run, out / label, f"{name}/{label}")
-            print(f"{label}: {path.name}, {words:,} words")
+            lines.append(f"{label}: {path.name}, {words:,} words")
             exported.add(mark)
 
     require(
@@ -254,11 +257,12 @@ def export_checkpoints(folder: Path, out: Path, name: str):
     # the newest one, which the loop loaded last
     words = run.content["words"]
     export(run, out / "main", f"{name}/main")
-    print(f"main: {run.path.name}, {words:,} words")
+    lines.append(f"main: {run.path.name}, {words:,} words")
     missing = [mark for mark in WORD_MARKS if mark <= words and mark not in exported]
     if missing:
         labels = [f"chck_{mark // 1_000_000}M" for mark in missing]
-        print(f"no checkpoint of its own: {', '.join(labels)}; train with --babylm_rules")
+        lines.append(f"no checkpoint of its own: {', '.join(labels)}; train with --babylm_rules")
+    return lines
 
 
 def main(arguments: list[str] | None = None):
@@ -275,15 +279,15 @@ def main(arguments: list[str] | None = None):
     )
     args = parser.parse_args(arguments)
     require(not args.out.exists(), f"{args.out}: exists already; remove it or choose another name")
-    if args.checkpoints:
-        export_checkpoints(Path(args.run), args.out, args.out.name)
-    else:
-        export(load_run(args.run, "cpu"), args.out, args.out.name)
-    print(f"{args.out}: written; fill in the licence in its README.md")
+    lines = []
+    with new_folder(args.out) as unfinished:
+        if args.checkpoints:
+            lines = export_checkpoints(Path(args.run), unfinished, args.out.name)
+        else:
+            export(load_run(args.run, "cpu"), unfinished, args.out.name)
+    print(*lines, f"{args.out}: written; fill in the licence in its README.md", sep="\n")
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"export_hf.py: {error}")

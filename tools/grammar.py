@@ -14,10 +14,15 @@ import argparse
 import json
 import random
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from antlm.files import new_folder
+from antlm.program import clean_exit
+from config import require
 
 N_PAIRS = 100  # minimal pairs of each phenomenon
 
@@ -395,28 +400,26 @@ def draw_pairs(phenomenon, seed: int) -> list[tuple[str, str]]:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def write(out: Path, size: int, seed: int, pairs_seed: int) -> None:
     """Write text and pairs into a folder, which appears only when it is complete."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a call that was cut short
-    (part / "pairs").mkdir(parents=True)
+    with new_folder(out) as unfinished:
+        (unfinished / "pairs").mkdir(parents=True)
 
-    dev_size = max(1, size * 3 // 100)
-    sentences = draw_text(size + dev_size, seed)
-    write_lines(part / "dev.txt", sentences[:dev_size])
-    write_lines(part / "train.txt", sentences[dev_size:])
+        dev_size = max(1, size * 3 // 100)
+        sentences = draw_text(size + dev_size, seed)
+        write_lines(unfinished / "dev.txt", sentences[:dev_size])
+        write_lines(unfinished / "train.txt", sentences[dev_size:])
 
-    for phenomenon in PHENOMENA:
-        uid = phenomenon.__name__
-        lines = []
-        for number, (right, wrong) in enumerate(draw_pairs(phenomenon, pairs_seed)):
-            record = {"sentence_good": right, "sentence_bad": wrong}
-            lines.append(json.dumps(record | {"UID": uid, "pair_id": str(number)}))
-        write_lines(part / "pairs" / f"{uid}.jsonl", lines)
-    part.rename(out)
+        for phenomenon in PHENOMENA:
+            uid = phenomenon.__name__
+            lines = []
+            for number, (right, wrong) in enumerate(draw_pairs(phenomenon, pairs_seed)):
+                record = {"sentence_good": right, "sentence_bad": wrong}
+                lines.append(json.dumps(record | {"UID": uid, "pair_id": str(number)}))
+            write_lines(unfinished / "pairs" / f"{uid}.jsonl", lines)
 
 
 def main() -> None:
@@ -427,10 +430,11 @@ def main() -> None:
     # config/quickstart.py was tuned on the pairs of seed 1, so these are others
     parser.add_argument("--pairs_seed", type=int, default=3, help="of the minimal pairs")
     args = parser.parse_args()
-    if args.out.exists():
-        sys.exit(f"grammar.py: {args.out} exists already; remove it or choose another folder")
+    exists = args.out.exists()
+    require(not exists, f"{args.out} exists already; remove it or choose another folder")
     write(args.out, args.sentences, args.seed, args.pairs_seed)
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

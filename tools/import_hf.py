@@ -28,9 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from antlm.checkpoint import save_checkpoint
-from antlm.files import write_json
+from antlm.files import new_folder, write_json
+from antlm.program import clean_exit
 from antlm.tokenizer import PATTERN, SPECIAL, Tokenizer, byte_alphabet, tokenizer_json
-from config import UserError, require
+from config import require
 from model import ModelConfig, Transformer
 from train import Settings
 
@@ -315,14 +316,14 @@ def import_folder(folder: Path, out: Path) -> Path:
     if not exported:
         content["imported_from"] = folder.resolve().name
 
-    # the checkpoint comes last, so that a folder with one is whole
-    out.mkdir(parents=True)
-    write_json(out / "settings.json", settings)
-    write_json(out / "tokenizer.json", tokenizer)
-    content["tokenizer_sha256"] = Tokenizer(out / "tokenizer.json").sha256
-    checkpoint = out / f"step_{content['step']:07}.pt"
-    save_checkpoint(checkpoint, model, **content)
-    return checkpoint
+    name = f"step_{content['step']:07}.pt"
+    with new_folder(out) as unfinished:
+        unfinished.mkdir(parents=True)
+        write_json(unfinished / "settings.json", settings)
+        write_json(unfinished / "tokenizer.json", tokenizer)
+        content["tokenizer_sha256"] = Tokenizer(unfinished / "tokenizer.json").sha256
+        save_checkpoint(unfinished / name, model, **content)
+    return out / name
 
 
 def main(arguments: list[str] | None = None):
@@ -338,7 +339,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"import_hf.py: {error}")

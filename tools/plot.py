@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from antlm.files import write_whole
+from antlm.program import clean_exit
 from config import UserError
 from data import OBJECTIVES
 from schedule import parse
@@ -52,10 +54,10 @@ def read_training(path: str) -> Training:
         raise UserError(
             f"{run}: not a run folder, it holds no metrics.jsonl; name the out_dir of a run"
         )
-    settings = json.loads((run / "settings.json").read_text())
+    settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     training = Training(run, settings["schedule"])
 
-    for number, line in enumerate(metrics.read_text().splitlines(), 1):
+    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
         except ValueError:
@@ -255,6 +257,11 @@ def draw_scores(scores: dict[str, dict[str, tuple[float, float]]]):
     return fig
 
 
+def save_figure(figure, path: Path, dpi: int):
+    """Write a figure in the format of the file's suffix; raises OSError."""
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi))
+
+
 # ------------------------------------------------------------------------------------- the program
 
 
@@ -269,12 +276,10 @@ def main(argv: list[str] | None = None):
     out = args.out or Path(args.runs[0], "training.png")
     if out.suffix not in SUFFIXES:
         raise UserError(f"{out}: cannot be written; --out must end in {', '.join(SUFFIXES)}")
-    draw_training(runs).savefig(out, dpi=200)
+    save_figure(draw_training(runs), out, dpi=200)
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit():
         main()
-    except (UserError, OSError) as e:
-        sys.exit(f"plot.py: {e}")
