@@ -296,18 +296,7 @@ def make_classifier(model: Transformer, n_classes: int, settings: Settings) -> C
     classifier = Classifier(model, n_classes, causal, settings.pool, settings.dropout)
     if settings.lora_rank:
         classifier.add_adapters(settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
-    # not the first: its input needs no gradient where only adapters learn, and torch would warn
-    for block in classifier.blocks[1:]:
-        block.register_full_backward_pre_hook(look_for_signals)
     return classifier
-
-
-def look_for_signals(*args):
-    """Do nothing, between the backward passes of two blocks.
-
-    Python handles a signal when it comes to a line of Python; backward() alone has none for what
-    may be half a minute on a CPU.
-    """
 
 
 def finetune(

@@ -13,24 +13,21 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, TINY
 
-import finetune
 from antlm.checkpoint import save_checkpoint
 from antlm.distributed import find_compiler, missing_for_compile
 from antlm.files import new_folder, write_json
 from antlm.program import STOP_SIGNALS, clean_exit
 from antlm.tokenizer import Tokenizer
 from babylm.results import write_result
-from model import ModelConfig, Transformer
+from model import Transformer
 from train import Settings
 
 # one thread, and output that is buffered, as it is by default
@@ -465,26 +462,6 @@ def test_a_signal_while_fine_tuning_keeps_what_is_finished(place):
     seeds = json.loads(out.read_text(encoding="utf-8"))["tasks"]["rte"]["seeds"]
     assert len(seeds["12"]["predictions"]) == 8
     assert sorted(place.rglob("*")) == before
-
-
-@pytest.mark.slow
-def test_a_signal_ends_a_backward_pass_of_seconds():
-    model = Transformer(ModelConfig("babyllama", 300, n_layer=12, n_head=4, n_embd=256, n_ff=512))
-    settings = finetune.Settings().resolve("1_CLM+1_MLM")
-    classifier = finetune.make_classifier(model, 2, settings).train()
-    tokens = torch.randint(4, 300, (32, 128))
-    lengths = torch.full((32,), 128)
-    labels = torch.zeros(32, dtype=torch.long)
-
-    began = time.time()
-    F.cross_entropy(classifier(tokens, lengths), labels).backward()
-    seconds = time.time() - began  # most of it backward
-    loss = F.cross_entropy(classifier(tokens, lengths), labels)
-    threading.Timer(seconds / 10, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    began = time.time()
-    with pytest.raises(SystemExit, match="143"), clean_exit():
-        loss.backward()
-    assert time.time() - began < seconds / 3
 
 
 @pytest.mark.slow

@@ -451,6 +451,14 @@ def test_every_shape_of_a_long_schedule_is_compiled(short_run, monkeypatch):
     assert len(shapes) == 10
 
 
+def test_without_a_compiler_a_run_is_refused_or_goes_on_uncompiled(short_run, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "needs a C++ compiler" in refusal(*short_run, "--compile=on")
+    train_here(*short_run, "--compile=auto")
+    assert "compile off" in capsys.readouterr().out
+
+
 def test_a_machine_that_is_busy_with_other_work_is_mentioned():
     if not Path("/proc/stat").exists():
         pytest.skip("only Linux tells in /proc/stat how busy the machine is")
