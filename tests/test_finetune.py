@@ -179,6 +179,21 @@ def test_a_class_that_does_not_occur_has_no_part_in_the_mean_f1():
     assert measure(np.array([0, 1]), np.array([0, 2]), 3)["f1"] == pytest.approx(100 / 3)
 
 
+@pytest.mark.parametrize("n_classes", [3, 4])
+def test_the_correlation_of_classes_is_that_of_their_indicators(n_classes):
+    """As Gorodkin (2004) defines it: one covariance over all indicators, normalised."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, n_classes, 100)
+    guess = np.where(rng.random(100) < 0.3, labels, rng.integers(0, n_classes, 100))
+    true = np.eye(n_classes)[labels]
+    guessed = np.eye(n_classes)[guess]
+    true -= true.mean(0)
+    guessed -= guessed.mean(0)
+    expected = (true * guessed).sum() / math.sqrt((true**2).sum() * (guessed**2).sum())
+    assert 0.1 < expected < 0.9
+    assert measure(labels, guess, n_classes)["mcc"] == pytest.approx(100 * expected)
+
+
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize("n_classes", [2, 3, 4])
 @pytest.mark.parametrize("n_items", [2, 5, 40])
