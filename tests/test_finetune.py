@@ -179,6 +179,21 @@ def test_a_class_that_does_not_occur_has_no_part_in_the_mean_f1():
     assert measure(np.array([0, 1]), np.array([0, 2]), 3)["f1"] == pytest.approx(100 / 3)
 
 
+@pytest.mark.parametrize("n_classes", [3, 4])
+def test_the_correlation_of_classes_is_that_of_their_indicators(n_classes):
+    """As Gorodkin (2004) defines it: one covariance over all indicators, normalised."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, n_classes, 100)
+    guess = np.where(rng.random(100) < 0.3, labels, rng.integers(0, n_classes, 100))
+    true = np.eye(n_classes)[labels]
+    guessed = np.eye(n_classes)[guess]
+    true -= true.mean(0)
+    guessed -= guessed.mean(0)
+    expected = (true * guessed).sum() / math.sqrt((true**2).sum() * (guessed**2).sum())
+    assert 0.1 < expected < 0.9
+    assert measure(labels, guess, n_classes)["mcc"] == pytest.approx(100 * expected)
+
+
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize("n_classes", [2, 3, 4])
 @pytest.mark.parametrize("n_items", [2, 5, 40])
@@ -654,7 +669,9 @@ def test_a_causal_model_is_fine_tuned_under_a_causal_mask(tmp_path, corpus, glue
 
 
 def fake_result(score: float) -> dict:
-    return dict(score=score, accuracy=score, f1=score, mcc=0.0, loss=1.0, epoch=3, predictions=[])
+    """A seed whose score is none of its measures, which a table might take for it."""
+    measures = dict(accuracy=score + 1, f1=score + 2, mcc=score + 3)
+    return dict(score=score, **measures, loss=1.0, epoch=3, predictions=[])
 
 
 def test_the_table_shows_means_and_deviations():
@@ -664,7 +681,7 @@ def test_the_table_shows_means_and_deviations():
     }
     lines = [line.split() for line in table(tasks).splitlines()]
     deviation = f"{statistics.stdev([60, 70]):.1f}"
-    assert lines[2] == ["rte", "accuracy", "65.0", deviation, "65.0", "65.0", "0.0", "3", "3"]
+    assert lines[2] == ["rte", "accuracy", "65.0", deviation, "66.0", "67.0", "68.0", "3", "3"]
     assert lines[3][:4] == ["cola", "mcc", "20.0", "-"]
     assert lines[-1] == ["mean", "of", "2", "tasks", "42.5"]  # of tasks, not of seeds
 

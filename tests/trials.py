@@ -348,17 +348,14 @@ def make_scored(lab: Lab, path: Path, score: float = 1.0):
     """A run folder with scores of the supplement, of which causal and masked are opposites."""
     path.mkdir()
     items = read_tasks(str(lab.path("supplement")))
-    subsets = {}
-    for item in items:
-        subset = subsets.setdefault(item.subset, {"items": 0, "scores": {}})
-        subset["items"] += 1
-        for mode, good in (("causal", score), ("masked", -score)):
-            subset["scores"].setdefault(mode, []).append([good, 0.0])
-    result = {"kind": "blimp", "options_sha256": fingerprint(items), "subsets": subsets}
-    content = {"step": 10, "partial": False, "modes": ["causal", "masked"]}
-    content |= {"task": str(lab.path("supplement")), "tasks": {"supplement": result}}
-    for year in ("2024", "2025"):
-        write_result(path / f"eval_supplement_10_{year}.json", content | {"protocol": year})
+    result = {"kind": "blimp", "options_sha256": fingerprint(items)}
+    content = {"step": 10, "partial": False, "task": str(lab.path("supplement"))}
+    for mode, good in (("causal", score), ("masked", -score)):
+        scores = {mode: [[good, 0.0]] * len(items)}
+        result["subsets"] = {"hypernym": {"items": len(items), "scores": scores}}
+        content |= {"modes": [mode], "tasks": {"supplement": result}}
+        for year in ("2024", "2025"):
+            write_result(path / f"eval_{mode}_{year}.json", content | {"protocol": year})
 
 
 def write_tiny(lab: Lab, path: Path, backbone: str = "babyllama"):
