@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from antlm.files import START_BYTES, refuse_other_kinds
+from antlm.texts import START_BYTES, refuse_other_kinds
 from antlm.tokenizer import MASK, Tokenizer
 from config import UserError, require
 
