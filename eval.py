@@ -98,10 +98,8 @@ def ask_causal(ids: np.ndarray, first: int) -> Questions:
 
 def ask_masked(ids: np.ndarray, first: int) -> Questions:
     """Ask for each token from `first` on in a row of its own, in which it is hidden. ids: (N, T)"""
-    N, T = ids.shape
     # one row for each token that is asked for: hiding several at once would ask another question
-    text = np.repeat(np.arange(N), T - first)
-    place = np.tile(np.arange(first, T), N)
+    text, place = np.nonzero((np.arange(ids.shape[1]) >= first) & (ids != MASK))
     tokens = ids[text]
     tokens[np.arange(len(tokens)), place] = MASK
     return Questions(tokens, place[:, None], ids[text, place][:, None], text)

@@ -80,7 +80,7 @@ def test_a_faulty_row_is_named_with_its_line(change, fault, tmp_path):
         (b"item,word\nThe,cat\n", "lacks the column prev_item, prev_word, length"),
         (",".join(NAMES).encode(), "no row under the names of its columns"),
         (",".join(NAMES).encode() + b"\n\xff", "not text in UTF-8"),
-        (",".join(NAMES).encode("utf-16"), "is text in UTF-16, not UTF-8"),
+        (",".join(NAMES).encode("utf-16"), "is text in UTF-16, not text in UTF-8"),
         (",".join(NAMES).encode() + b'\n"The cat, sat', "not CSV after line 1"),
     ],
 )
