@@ -105,9 +105,11 @@ class Pairs:
 
         # cut where one pair ends and the next begins
         starts = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1]))
+        stops = np.append(starts[1:], len(places))
         counts = np.add.reduceat(self.weight[places], starts)
-        groups = np.split(places, starts[1:])
-        yield from zip(pairs[starts].tolist(), counts.tolist(), groups, strict=True)
+        groups = (pairs[starts].tolist(), counts.tolist(), starts.tolist(), stops.tolist())
+        for pair, count, start, stop in zip(*groups, strict=True):
+            yield pair, count, places[start:stop]
 
     def add(self, places: np.ndarray):
         """Enter new pairs; the places are all that they have."""
