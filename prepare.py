@@ -57,22 +57,23 @@ def check_texts(files: list[Path]):
 
     Files that hold the same text may be meant, as short ones in a crawl; they are said on stderr.
     """
-    first = {}
-    for file in files:
-        status = file.stat()
-        other = first.setdefault((status.st_dev, status.st_ino), file)
-        problem = "is named twice" if other == file else f"is the same file as {other}"
-        require(other is file, f"{file}: {problem}; name every text once, in train or in dev")
-
-    first = {}
+    first = {}  # the first file of each identity and of each content
     copies = []
     for file in files:
+        status = file.stat()
+        identity = (status.st_dev, status.st_ino)
+        require(
+            identity not in first,
+            f"{file}: was named before, as {first.get(identity)}; "
+            "name every text once, in train or in dev",
+        )
+        first[identity] = file
+
         with open_text(file) as text:
-            digest = hashlib.file_digest(text, "sha256").digest()
-            is_empty = text.tell() == 0
-        other = first.setdefault(digest, file)
-        if other is not file and not is_empty:
-            copies.append(f"{file} that of {other}")
+            content = hashlib.file_digest(text, "sha256").digest()
+        if content in first and status.st_size > 0:
+            copies.append(f"{file} that of {first[content]}")
+        first.setdefault(content, file)
     if copies:
         message = f"{len(copies)} file(s) hold the text of another: first {copies[0]}"
         print(message, file=sys.stderr, flush=True)
@@ -87,31 +88,15 @@ def text_bytes(files: list[Path]) -> int:
     return total
 
 
-def whole_lines(file):
-    r"""Yield the bytes of a file in blocks of whole lines, whether they end in \n, \r\n or \r."""
-    parts = []  # of a line that is longer than a block
-    while part := file.read(BLOCK_BYTES):
-        # not behind a \r that stands at the end, since a \n may follow
-        end = max(part.rfind(b"\n"), part.rstrip(b"\r").rfind(b"\r")) + 1
-        if end == 0:
-            parts.append(part)
-            continue
-        yield b"".join([*parts, part[:end]])
-        parts = [part[end:]]
-    if any(parts):
-        yield b"".join(parts)
-
-
 def read_blocks(path: Path):
-    r"""Yield a text in blocks of whole lines, each ended by a \n.
+    """Yield a text in blocks of whole lines, each ended by a newline.
 
-    A line may also end in \r\n, in \r\r\n (an \r\n that Windows has written as text) or in \r. A
-    byte-order mark at the start is dropped. Raises UserError at bytes that are not UTF-8.
+    A byte-order mark at the start is dropped. Raises UserError at bytes that are not UTF-8.
     """
     offset = 0
     with open_text(path) as file:
-        for block in whole_lines(file):
-            # UTF-8 has no \n or \r inside a character, so whole lines are whole characters
+        while block := file.read(BLOCK_BYTES) + file.readline():
+            # UTF-8 has no newline inside a character, so whole lines are whole characters
             try:
                 text = block.decode()
             except UnicodeDecodeError as error:
@@ -123,7 +108,9 @@ def read_blocks(path: Path):
 
             if offset == 0:
                 text = text.removeprefix("\ufeff")
-            text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
+            # line ends of Windows, those of Windows written once more as text, those of old Macs
+            for line_end in ("\r\r\n", "\r\n", "\r"):
+                text = text.replace(line_end, "\n")
             if not text.endswith("\n"):
                 text += "\n"
             yield text
