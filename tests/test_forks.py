@@ -193,7 +193,7 @@ def test_the_average_of_ema_is_what_is_saved_and_evaluated_and_survives_a_kill(t
     with modules(fork):
         import config
         from antlm.checkpoint import checkpoints, load_checkpoint, load_model
-        from antlm.distributed import Processes
+        from antlm.distributed import Processes, StopSignals
         from data import Batches, Corpus
         from train import Settings, evaluate
 
@@ -219,7 +219,7 @@ def test_the_average_of_ema_is_what_is_saved_and_evaluated_and_survives_a_kill(t
         dev = Batches(text.dev, text.vocab_size, settings.block_size, settings.eval_rows, 0)
         model = load_model(contents[-1])
         autocast = torch.autocast("cpu", enabled=False)
-        losses = evaluate(model, dev, settings, Processes("cpu"), autocast)
+        losses = evaluate(model, dev, settings, Processes("cpu"), autocast, StopSignals())
         assert losses == metrics(fork / "run", "dev")[-1]
 
 
@@ -268,7 +268,8 @@ def test_an_epoch_of_the_curriculum_reads_the_sources_in_the_order_given(tmp_pat
     for name, line in texts.items():
         (fork / f"{name}.train").write_text(line * 200)
     train_files = [str(fork / f"{name}.train") for name in texts]
-    prepare.prepare(train_files, train_files[:1], str(fork / "corpus"), vocab_size=300)
+    (fork / "dev.txt").write_text("a dog sees a cat .\n" * 20)
+    prepare.prepare(train_files, [str(fork / "dev.txt")], str(fork / "corpus"), vocab_size=300)
 
     flags = (*SMALL, "--corpus=corpus", "--schedule=1_CLM")
     line = error(fork, "train.py", *flags, "--sources=easy", "--out_dir=none")
