@@ -36,6 +36,16 @@ def corpus(tmp_path_factory) -> str:
     return str(make_corpus(tmp_path_factory.mktemp("corpus"), n_lines=600))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c():
+    """Take Ctrl-C as in a terminal: what a shell starts in the background ignores it.
+
+    The programs that tests start would inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """Use one thread, since more only wait for each other in models this small.
