@@ -39,14 +39,14 @@ def folder(tmp_path) -> Path:
     return tmp_path / "corpus"
 
 
-def cut_short(folder: Path):
-    os.truncate(folder / "train.bin", (folder / "train.bin").stat().st_size - 3)
+def cut_short(path: Path):
+    os.truncate(path, path.stat().st_size - 3)
 
 
-def flip_a_bit(folder: Path):
-    raw = bytearray((folder / "train.bin").read_bytes())
+def flip_a_bit(path: Path):
+    raw = bytearray(path.read_bytes())
     raw[2] ^= 1
-    (folder / "train.bin").write_bytes(raw)
+    path.write_bytes(raw)
 
 
 def change_tokenizer(folder: Path):
@@ -66,8 +66,10 @@ def break_meta(folder: Path):
 @pytest.mark.parametrize(
     "damage, file",
     [
-        (cut_short, "train.bin"),
-        (flip_a_bit, "train.bin"),
+        (lambda folder: cut_short(folder / "train.bin"), "train.bin"),
+        (lambda folder: cut_short(folder / "dev.bin"), "dev.bin"),
+        (lambda folder: flip_a_bit(folder / "train.bin"), "train.bin"),
+        (lambda folder: flip_a_bit(folder / "dev.bin"), "dev.bin"),
         (change_tokenizer, "tokenizer.json"),
         (drop_dev_from_meta, "meta.json"),
         (break_meta, "meta.json"),
@@ -172,6 +174,13 @@ def test_order_and_offset_are_new_in_each_epoch_and_seed_and_the_same_in_each_ca
     assert not any(order == tuple(sorted(order)) for order in orders)
 
 
+def test_an_epoch_is_the_same_whatever_was_asked_before():
+    batches = make_batches(counting(960))
+    for epoch in (0, 2, 1, 2, 0):
+        expected = whole_epoch(make_batches(counting(960)), "CLM", epoch)
+        assert np.array_equal(whole_epoch(batches, "CLM", epoch).tokens, expected.tokens)
+
+
 @pytest.mark.parametrize("objective", MASKED)
 def test_what_is_hidden_is_new_in_each_epoch_and_seed(objective):
     runs = []
@@ -245,6 +254,8 @@ def test_micro_batches_hold_every_row_once(text, batch_rows, micro_rows, world):
         assert len({part.batch.tokens.shape for part in parts}) == 1
         assert len(parts[0].batch.tokens) <= micro_rows
         assert (len(parts) - world) * micro_rows < n_rows  # and no more parts than needed
+        n_filler = sum(len(part.batch.tokens) for part in parts) - n_rows
+        assert n_filler < len(parts)  # nor more rows
         assert all(part.n_scored == (part.batch.targets != IGNORE).sum() for part in parts)
         if objective == "CLM":
             rows = np.concatenate(
@@ -519,6 +530,25 @@ def test_hash_is_splitmix64():
     """The first outputs of Vigna's splitmix64.c for two seeds."""
     assert int(data.hash64(0)[0]) == 0xE220A8397B1DCDAF
     assert int(data.hash64(1234567)[0]) == 6457827717110365317
+
+
+def plain_hash(*keys: int) -> int:
+    """One round of splitmix64 for each key, in whole numbers of Python."""
+    h = 0
+    for key in keys:
+        h = ((h ^ key) + 0x9E3779B97F4A7C15) % 2**64
+        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        h = (h ^ h >> 27) * 0x94D049BB133111EB % 2**64
+        h = h ^ h >> 31
+    return h
+
+
+@pytest.mark.parametrize("seed, step, index", [(0, 0, 0), (1, 2, 3), (2**63 - 1, 10**6, 500)])
+def test_dropout_goes_on_in_old_checkpoints(seed, step, index):
+    """Its seeds are a hash of these numbers in this order, 6 being that of dropout, forever."""
+    for objective in OBJECTIVES.values():
+        expected = plain_hash(seed, 6, step, objective.seed, index) // 2
+        assert data.dropout_seed(seed, step, objective, index) == expected
 
 
 def test_hash_bits_are_balanced_and_keys_differ():

@@ -687,7 +687,7 @@ def test_a_loss_that_is_not_finite_is_noticed_where_its_gradient_is(tmp_path):
     assert re.findall(line, printed, re.M) == expected
     assert f"skipped {len(expected)}  lr" in printed
     end = load_checkpoint(checkpoints(run)[0])
-    assert end["skipped"] == len(expected)
+    assert end["log"]["skipped"] == len(expected)
     del end["model"]["head.vocab.bias"]
     assert all(weight.isfinite().all() for weight in end["model"].values())
 
