@@ -37,13 +37,14 @@ def corpus(tmp_path_factory) -> str:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def ctrl_c():
-    """Take Ctrl-C as in a terminal: what a shell starts in the background ignores it.
+def signals_of_a_terminal():
+    """Take signals as in a terminal: nohup, and the background of a shell, ignore some.
 
     The programs that tests start would inherit that.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

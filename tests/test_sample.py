@@ -190,6 +190,15 @@ def test_samples_follow_the_seed_and_hold_no_special_token(make_run, capsys):
         assert not any(special in text for special in SPECIAL)
 
 
+def test_the_samples_of_a_call_differ(make_run, capsys):
+    run = make_run()
+    sample.main([str(run), "--n", "4", "--tokens", "12", "--temperature", "2"])
+    samples = capsys.readouterr().out.split("--- ")[1:]
+    texts = {text.partition("\n")[2] for text in samples}
+    assert len(samples) == 4
+    assert len(texts) > 1
+
+
 def test_samples_stop_where_a_text_would_start(make_run, capsys):
     samples = printed_samples(capsys, make_run(start_bias=2000.0), "--n", "2")
     assert samples == ["1\n\n", "2\n\n"]
