@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ import model as models
 from antlm.checkpoint import file_sha256, save_checkpoint
 from antlm.tokenizer import Tokenizer
 from babylm.classifier import Classifier, LowRank
-from babylm.glue import TASKS, Split, four_parts, join, measure, table
+from babylm.glue import TASKS, Split, four_parts, join, measure, table, zero_shot_parts
 from babylm.results import write_result
 from config import UserError
 
@@ -570,6 +571,13 @@ def test_mnli_mm_is_scored_with_the_model_of_mnli(run, glue, capsys):
     assert "PARTIAL" in printed
 
 
+def test_mnli_mm_is_added_to_a_result_of_mnli_alone(run, glue):
+    flags = [f"--data={glue}", "--epochs=1", "--limit=12"]
+    assert list(tune(run, *flags, "--tasks=mnli")) == ["mnli"]
+    tasks = tune(run, *flags, "--tasks=mnli,mnli-mm")
+    assert list(tasks["mnli-mm"]["seeds"]) == ["12"]
+
+
 def test_the_measures_of_a_task_of_three_labels_are_those_of_its_predictions(run, glue):
     """F1 label by label, as its definition reads."""
     result = tune(run, f"--data={glue}", "--tasks=mnli", "--epochs=2")["mnli"]["seeds"]["12"]
@@ -700,6 +708,13 @@ def scored(run) -> Path:
     write_zero_shot(run, 10, "supplement", "blimp", 5, 50.0)
     write_zero_shot(run, 10, "ewok", "ewok", 11, 60.0)
     return run
+
+
+def test_the_newest_result_of_a_part_counts_whatever_its_name(run):
+    write_zero_shot(run, 10, "a", "blimp", 67, 70.0)
+    write_zero_shot(run, 10, "b", "blimp", 67, 20.0)
+    os.utime(run / "eval_b_10.json", (1e9, 1e9))
+    assert zero_shot_parts(run, 10) == {"causal 2025": {"BLiMP": 70.0}}
 
 
 def write_tuned(run: Path, **changes):

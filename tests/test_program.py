@@ -244,7 +244,7 @@ CALLS = {
     ),
     "sample.py": Call("{place}/run --prompt Zoë --n 2 --tokens 4", ""),
     "prepare.py": Call(
-        "{place}/text --dev {place}/text --out {place}/prepared --vocab_size 300",
+        "{place}/text --dev {place}/Zoë.dev --out {place}/prepared --vocab_size 300",
         "prepared/meta.json",
     ),
     "babylm/submit.py": Call(
@@ -317,6 +317,7 @@ def place(tmp_path, corpus) -> Path:
     (place / "corpus").symlink_to(corpus)
     (place / "text").mkdir()
     (place / "text" / "Zoë.txt").write_text("Zoë sees the naïve dog.\n" * 30, encoding="utf-8")
+    (place / "Zoë.dev").write_text("The naïve dog sees Zoë.\n" * 30, encoding="utf-8")
     pair = {"sentence_good": "Zoë sleeps.", "sentence_bad": "Zoë sleep."}
     write_lines(place / "Zoë.jsonl", [pair] * 3)
     for split in ("train", "valid"):
