@@ -263,6 +263,32 @@ def test_dropout_differs_from_step_to_step_and_between_micro_batches():
     assert len(seeds) == 10 * len(OBJECTIVES) * 5
 
 
+def test_every_pass_of_a_run_draws_a_dropout_of_its_own(short_run, corpus, monkeypatch):
+    seeds = []
+    forward = Transformer.forward
+
+    def note_seed(model, *args, **kwargs):
+        if model.training:
+            seeds.append(torch.initial_seed())
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", note_seed)
+    train_here(*short_run, "--schedule=1_CLM+1_CLM:MLM", "--micro_rows=9", "--seed=3")
+
+    # of the step in the run, not of that in its epoch, and of objective and micro-batch
+    text = Corpus(corpus)
+    batches = Batches(text.train, text.vocab_size, 16, 24, 3)
+    expected = []
+    for epoch, phase in enumerate(schedule.parse("1_CLM+1_CLM:MLM")):
+        for step in range(batches.steps_per_epoch):
+            for part in batches.micro_batches(phase, epoch, step, 0.15, micro_rows=9):
+                step_of_run = epoch * batches.steps_per_epoch + step
+                objective = OBJECTIVES[part.objective]
+                expected.append(dropout_seed(3, step_of_run, objective, part.index))
+    assert seeds == expected
+    assert len(set(seeds)) == len(seeds)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns(short_run, tmp_path, optimizer):

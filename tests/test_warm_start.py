@@ -81,6 +81,28 @@ def test_a_run_goes_on_without_its_source(args, source, tmp_path):
     assert differences(tmp_path / "uninterrupted", tmp_path / "cut") == []
 
 
+def test_a_vocabulary_that_is_larger_than_the_tokenizers_stays_so(args, source, tmp_path):
+    """As in an imported model whose rows are filled up to a round number."""
+    path = checkpoints(source)[0]
+    content = load_checkpoint(path)
+    n_rows = content["config"]["vocab_size"] + 7
+    for name in ("embedding.tokens.weight", "head.vocab.weight"):
+        filler = torch.zeros(7, 32)
+        content["model"][name] = torch.cat((content["model"][name], filler))
+    content["config"]["vocab_size"] = n_rows
+    torch.save(content, path)
+
+    settings = [*args, "--schedule=1_MLM", f"--init_from={source}", "--save_every=3"]
+    run = tmp_path / "run"
+    train_here(*settings, f"--out_dir={run}")
+    assert newest(run)["config"]["vocab_size"] == n_rows
+    assert newest(run)["model"]["embedding.tokens.weight"].shape == (n_rows, 32)
+    # and where the run goes on
+    checkpoints(run)[0].unlink()
+    train_here(*settings, f"--out_dir={run}", "--resume")
+    assert newest(run)["config"]["vocab_size"] == n_rows
+
+
 def test_the_epochs_of_the_source_count_under_babylm_rules(args, source, tmp_path):
     settings = ["--babylm_rules=true", f"--init_from={source}", f"--out_dir={tmp_path / 'run'}"]
     line = refusal(*args, *settings, "--schedule=10_MLM")
