@@ -571,6 +571,13 @@ def test_mnli_mm_is_scored_with_the_model_of_mnli(run, glue, capsys):
     assert "PARTIAL" in printed
 
 
+def test_every_seed_starts_from_the_weights_of_the_run(run, glue, tmp_path):
+    flags = [f"--data={glue}", "--tasks=rte", "--epochs=1", "--lr=0.01"]
+    alone = tune(run, *flags, "--seeds=13", out=tmp_path / "alone.json")
+    after = tune(run, *flags, "--seeds=12,13", out=tmp_path / "after.json")
+    assert after["rte"]["seeds"]["13"] == alone["rte"]["seeds"]["13"]
+
+
 def test_mnli_mm_is_added_to_a_result_of_mnli_alone(run, glue):
     flags = [f"--data={glue}", "--epochs=1", "--limit=12"]
     assert list(tune(run, *flags, "--tasks=mnli")) == ["mnli"]

@@ -4,6 +4,7 @@ Alone: python -m pytest tests/test_train.py; without the processes: -m "not slow
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -444,6 +445,17 @@ def test_a_signal_between_passes_is_obeyed_and_loses_nothing(
         assert len(calls) == at_call
     train_here(*args, f"--out_dir={tmp_path / 'cut'}", "--resume")
     assert differences(tmp_path / "uninterrupted", tmp_path / "cut") == []
+
+
+def test_the_minutes_of_a_run_are_those_of_all_its_steps(short_run, monkeypatch, capsys):
+    # every look at the clock, of which each log line takes one, is half a minute later
+    clock = itertools.count(0, 30)
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    train_here(*short_run)
+    printed = capsys.readouterr().out
+    n_lines = printed.count(" tokens/s ")
+    minutes = float(re.search(r"in ([\d.]+) minutes", printed)[1])
+    assert minutes >= n_lines / 2
 
 
 def test_a_run_that_had_ended_says_so(short_run, capsys):
