@@ -458,6 +458,18 @@ def test_the_minutes_of_a_run_are_those_of_all_its_steps(short_run, monkeypatch,
     assert minutes >= n_lines / 2
 
 
+def test_numbers_of_all_processes_are_summed_exactly():
+    n_targets = 2**40 + 1  # more than a float32 tells from its neighbour
+    assert train.Processes("cpu").sum([n_targets, 0.1]) == [n_targets, 0.1]
+
+
+def test_a_process_that_is_stopped_for_another_ends_as_by_sigterm():
+    signals = train.StopSignals()
+    assert signals.exit_code() == 128 + signal.SIGTERM
+    signals.receive(signal.SIGINT, None)
+    assert signals.exit_code() == 128 + signal.SIGINT
+
+
 def test_a_run_that_had_ended_says_so(short_run, capsys):
     train_here(*short_run)
     assert "minutes" in capsys.readouterr().out
