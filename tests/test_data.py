@@ -481,6 +481,7 @@ def test_an_objective_is_one_function_and_one_row(monkeypatch, corpus, tmp_path)
     batch = batches.batch("HALF", 0, 0, np.arange(8), mask_rate=0.15)
     assert batch.n_scored == 8 * 32
     assert find_objectives("1_CLM+1_HALF") == ["CLM", "HALF"]
+    assert find_objectives("1_MLM+1_CLM:MLM") == ["MLM", "CLM"]  # in the order of the schedule
 
     # training, mixing, dev loss and resume need nothing else
     run = tmp_path / "run"
