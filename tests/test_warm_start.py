@@ -108,6 +108,11 @@ def test_the_epochs_of_the_source_count_under_babylm_rules(args, source, tmp_pat
     line = refusal(*args, *settings, "--schedule=10_MLM")
     assert "1_CLM+10_MLM" in line
     assert "10 epochs" in line
+    # and those of the source's own source
+    second = tmp_path / "second"
+    train_here(*args, "--schedule=1_MNTP", f"--init_from={source}", f"--out_dir={second}")
+    line = refusal(*args, *settings, f"--init_from={second}", "--schedule=9_MLM")
+    assert "1_CLM+1_MNTP+9_MLM" in line
     # words, too: of a source that does not tell them nobody knows where the marks are
     path = checkpoints(source)[0]
     content = load_checkpoint(path)
