@@ -9,6 +9,7 @@ Needs transformers (4.41 or newer), tokenizers and safetensors.
 import functools
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -754,6 +755,19 @@ def test_card_has_the_scores_of_its_own_step(tmp_path):
     assert "| blimp | causal | 2025 | 71.3 |" in card
     assert "| quick, PARTIAL: the first 9 items of each file | masked | 2025 | 60.0 |" in card
     assert "11.1" not in card
+
+
+def test_the_card_has_the_newest_of_two_scores(tmp_path):
+    run = tmp_path / "run"
+    make_run(run, KINDS["untied"])
+    write_score(run, "blimp", {"causal": 71.26})
+    older = run / "eval_zz_5.json"  # the last by name
+    older.write_text((run / "eval_blimp_5.json").read_text().replace("71.26", "50.5"))
+    os.utime(older, (1e9, 1e9))
+    export_hf.main([str(run), str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "71.3" in card
+    assert "50.5" not in card
 
 
 @pytest.mark.parametrize("kind, pipeline", [("untied", "text-generation"), ("ltg", "fill-mask")])

@@ -285,6 +285,16 @@ def test_vocabulary_loss_in_bfloat16_is_summed_in_float32(device, biased):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@each_device
+def test_the_gradient_of_the_matrix_in_bfloat16_is_summed_in_float32(device):
+    x, matrix, _, targets, _ = loss_inputs(40, 24, device)  # two chunks
+    matrix = matrix.float().requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        ops.vocabulary_loss(x.float(), matrix, None, targets).backward()
+    # sums of two numbers in bfloat16 are rarely such a number again
+    assert not torch.equal(matrix.grad, matrix.grad.bfloat16().float())
+
+
 def test_vocabulary_loss_without_a_target_is_zero():
     x, matrix, bias, targets, _ = loss_inputs(2, 5)
     assert ops.vocabulary_loss(x, matrix, bias, torch.full_like(targets, IGNORE)) == 0

@@ -34,6 +34,7 @@ def make_schedule(text: str = "4_CLM+16_MLM+4_CLM", steps_per_epoch: int = 7, **
             "1_3CLM:2MLM:MNTP+1_MNTP",
             [(1, [("CLM", 3), ("MLM", 2), ("MNTP", 1)]), (1, [("MNTP", 1)])],
         ),
+        ("3_4CLM", [(3, [("CLM", 1)])]),  # alone it has all rows, whatever its weight
         (" 4_CLM + 2_MLM ", [(4, [("CLM", 1)]), (2, [("MLM", 1)])]),
     ],
 )

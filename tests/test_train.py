@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,8 +40,9 @@ import config
 import prepare
 import schedule
 import train
+from antlm import metrics
 from antlm.checkpoint import checkpoints, load_checkpoint, load_model
-from antlm.optim import OPTIMIZERS, make_optimizers
+from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
 from config import UserError
 from data import OBJECTIVES, Batches, Corpus, dropout_seed
 from model import BACKBONES, ModelConfig, Transformer
@@ -321,6 +323,31 @@ def test_it_learns_and_the_folder_says_how(corpus, tmp_path, capsys):
     assert json.loads((folder / "settings.json").read_text())["lr"] == 1e-2
     assert (folder / "tokenizer.json").exists()
     assert len(checkpoints(folder)) == 2  # one for each phase end
+
+
+def test_speed_and_time_are_told_by_the_clock(short_run, tmp_path, monkeypatch, capsys):
+    """Each of the 14 steps, of 24 x 16 tokens, takes ten seconds."""
+    seconds = []
+
+    def slow_step(*args):
+        seconds.append(10)
+        guarded_step(*args)
+
+    clock = SimpleNamespace(time=lambda: sum(seconds))
+    monkeypatch.setattr(train, "guarded_step", slow_step)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
+    train_here(*short_run, "--log_every=4")
+    printed = capsys.readouterr().out
+    speeds = {}
+    for entry in read_metrics(tmp_path / "run"):
+        if "loss" in entry:
+            speeds[entry["step"]] = entry["tokens_per_s"]
+    assert speeds == dict.fromkeys((1, 4, 8, 12, 14), 38)
+    assert re.findall(r"(\S+) tokens/s  (\S+) left", printed) == [
+        ("38", "2:10"), ("38", "1:40"), ("38", "1:00"), ("38", "0:20"), ("38", "0:00")
+    ]  # fmt: skip
+    assert "in 2.3 minutes" in printed
 
 
 @pytest.mark.slow
