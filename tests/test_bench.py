@@ -125,14 +125,11 @@ if __name__ == "__main__":
 THIRD = ["--set", "backbone=third", "block_size=16", *(f"{key}={n}" for key, n in SMALL.items())]
 
 
-@pytest.mark.slow
-def test_a_backbone_without_a_peer_is_timed_alone(tmp_path):
-    program = tmp_path / "third.py"
-    program.write_text(WITH_A_THIRD_BACKBONE.format(root=str(ROOT)))
-    once = ["--rows=2", "--rounds=1", "--steps=1", "--objectives", "CLM"]
-    command = [sys.executable, program, "config/babyllama.py", "--peer", *once, *THIRD]
+def time_once(program: str | Path, config: str, *flags: str) -> list[str]:
+    """Time one step of CLM beside the peer, and return the lines below the table's head."""
+    once = ["--rows=2", "--rounds=1", "--steps=1", "--objectives", "CLM", "--peer"]
     done = subprocess.run(
-        command,
+        [sys.executable, program, config, *once, *flags],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -141,7 +138,23 @@ def test_a_backbone_without_a_peer_is_timed_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    _, _, line, note = done.stdout.splitlines()
+    return done.stdout.splitlines()[2:]
+
+
+@pytest.mark.slow
+def test_the_ratio_is_our_speed_by_that_of_the_peer():
+    sizes = [f"{name}={n}" for name, n in SMALL.items()]
+    lines = time_once("tools/bench.py", "config/ltg_bert.py", "--set", "block_size=16", *sizes)
+    speeds = [float(re.search(r"off +([\d,]+)", line)[1].replace(",", "")) for line in lines[:2]]
+    ratio = float(lines[2].split()[0])
+    assert ratio == pytest.approx(speeds[0] / speeds[1], abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_backbone_without_a_peer_is_timed_alone(tmp_path):
+    program = tmp_path / "third.py"
+    program.write_text(WITH_A_THIRD_BACKBONE.format(root=str(ROOT)))
+    line, note = time_once(program, "config/babyllama.py", *THIRD)
     assert re.match(r"babyllama CLM, compile off +[\d,]+ ", line)
     assert "no peer of third is known" in note
     assert "tools/peers.py" in note

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ import schedule
 import train
 from antlm import metrics
 from antlm.checkpoint import checkpoints, load_checkpoint, load_model
+from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
 from config import UserError
 from data import OBJECTIVES, Batches, Corpus, dropout_seed
@@ -483,6 +485,17 @@ def test_the_minutes_of_a_run_are_those_of_all_its_steps(short_run, monkeypatch,
     n_lines = printed.count(" tokens/s ")
     minutes = float(re.search(r"in ([\d.]+) minutes", printed)[1])
     assert minutes >= n_lines / 2
+
+
+@pytest.mark.parametrize("rank, share", [(0, 1), (1, 0)])
+def test_the_saved_sums_of_a_log_line_go_on_in_one_process(rank, share):
+    """A checkpoint has the sums of all processes; each of several would count them again."""
+    run = types.SimpleNamespace(processes=types.SimpleNamespace(rank=rank))
+    state = {"skipped": 2, "loss_sums": {"CLM": 3.0}, "counts": {"CLM": 4}}
+    log = TrainingLog(run, None, None, ["CLM", "MLM"], state)
+    assert log.loss_sums == {"CLM": 3.0 * share, "MLM": 0}
+    assert log.counts == {"CLM": 4 * share, "MLM": 0}
+    assert log.skipped == 2
 
 
 def test_numbers_of_all_processes_are_summed_exactly():
