@@ -285,6 +285,22 @@ def test_vocabulary_loss_in_bfloat16_is_summed_in_float32(device, biased):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@each_device
+def test_the_gradients_of_the_head_in_bfloat16_are_summed_in_float32(device):
+    """Beside a sum of 256 a bfloat16 is blind to each of seven further chunks of 0.5."""
+    x = torch.ones(8, 512, 1, device=device)  # a chunk a row
+    matrix = torch.zeros(2, 1, device=device, requires_grad=True)
+    bias = torch.zeros(2, device=device, requires_grad=True)
+    targets = torch.zeros(8, 512, dtype=torch.long, device=device)
+    weights = torch.full((8, 512), 1 / 512, device=device)
+    weights[0] = 1
+    with torch.autocast(device, torch.bfloat16):
+        ops.vocabulary_loss(x, matrix, bias, targets, weights).backward()
+    # of two tokens that are equally likely, each target pushes by one half
+    assert matrix.grad.flatten().tolist() == [-259.5, 259.5]
+    assert bias.grad.tolist() == [-259.5, 259.5]
+
+
 def test_vocabulary_loss_without_a_target_is_zero():
     x, matrix, bias, targets, _ = loss_inputs(2, 5)
     assert ops.vocabulary_loss(x, matrix, bias, torch.full_like(targets, IGNORE)) == 0
