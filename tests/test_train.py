@@ -42,7 +42,7 @@ import prepare
 import schedule
 import train
 from antlm import metrics
-from antlm.checkpoint import checkpoints, load_checkpoint, load_model
+from antlm.checkpoint import checkpoints, load_checkpoint, load_model, load_newest, step_of
 from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
 from config import UserError
@@ -657,6 +657,26 @@ def test_a_damaged_checkpoint_is_named_and_skipped(short_run, tmp_path, capsys):
     for path in checkpoints(tmp_path / "run"):
         path.write_bytes(path.read_bytes()[:1000])
     assert "none of its 2 checkpoints is whole" in refusal(*args, "--resume")
+
+
+def test_what_is_saved_among_damaged_checkpoints_stays(short_run, tmp_path, monkeypatch):
+    """The newest few are those up to the step that is saved: later ones are damaged."""
+    run = tmp_path / "run"
+    args = [*short_run, "--save_every=2"]
+    train_here(*args, "--keep=99")
+    damaged = checkpoints(run)[:4]
+    assert [step_of(path) for path in damaged] == [14, 12, 10, 8]
+    for path in damaged:
+        path.write_bytes(b"")
+
+    # on from step 6, and stopped in the third step
+    stopping = signal_at_call(train.dropout_seed, 3, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "dropout_seed", stopping)
+        assert exit_code(*args, "--keep=2", "--resume") == 128 + signal.SIGTERM
+    path, content = load_newest(run, warn=list)
+    assert (step_of(path), content["step"]) == (9, 9)
+    assert [step_of(path) for path in checkpoints(run)] == [14, 12, 10, 9, 8]
 
 
 # ----------------------------------------------------------------------------------- bad beginnings
