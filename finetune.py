@@ -1,7 +1,7 @@
 """Fine-tune a checkpoint on the GLUE tasks of the BabyLM challenge and score it.
 
     python finetune.py runs/babyllama --data=evaluation_data/glue_filtered  # the eleven of 2024
-    python finetune.py runs/babyllama config/finetune/glue_2025.py          # the seven of 2025
+    python finetune.py runs/babyllama config/finetune/glue_2026.py          # the seven of 2026
     python finetune.py runs/babyllama config/finetune/glue_lora.py          # low-rank adapters
     python finetune.py runs/babyllama --tasks=rte,wsc --seeds=12,13,14      # mean and deviation
 
@@ -41,6 +41,7 @@ from babylm.results import read_result, write_result
 from config import UserError, require
 from data import OBJECTIVES, find_objectives, hash64
 from model import Transformer
+from schedule import cosine
 
 # What cannot differ between the tasks of one call.
 SHARED = ("tasks", "task_settings", "out", "device")
@@ -63,9 +64,11 @@ class Settings:
     lora_alpha: float = 16.0  # adapters count alpha / rank
     lora_dropout: float = 0.1  # of what the adapters read
     dropout: float = 0.1  # in the classifier; the model's own stays as it was trained
-    lr: float = 5e-5  # peak, 2e-5 to 5e-4; linear to 0
+    lr: float = 5e-5  # peak, 2e-5 to 5e-4
+    lr_decay: str = "linear"  # linear to 0 | cosine to a tenth
     warmup: float = 0.0  # share of all steps
     weight_decay: float = 0.0  # of AdamW, on all that is trained
+    clip: float = 1.0  # norm that gradients are cut to, that of Hugging Face's Trainer; 0: none
     batch_rows: int = 64  # inputs in a step
     epochs: int = 10  # at most
     patience: int = 3  # stop after so many epochs without a gain of 0.001; 0: never
@@ -78,6 +81,7 @@ class Settings:
         """Raise UserError, which names the setting, for a value or combination that cannot be."""
         self.check_choice("mask", "auto", "full", "causal")
         self.check_choice("pool", "auto", "start", "mean", "last")
+        self.check_choice("lr_decay", "linear", "cosine")
         self.check_choice("select", "f1", "metric", "loss")
         self.check_choice("device", "auto", "cpu", "cuda", "mps")
         self.check_choice("dtype", "float32", "bfloat16")
@@ -89,6 +93,7 @@ class Settings:
         require(self.lr > 0, "lr must be greater than 0")
         require(0 <= self.warmup < 1, "warmup must lie in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay must not be negative")
+        require(self.clip >= 0, "clip must not be negative")
         require(self.batch_rows > 0, "batch_rows must be greater than 0")
         require(self.epochs > 0, "epochs must be greater than 0")
         require(self.patience >= 0, "patience must not be negative")
@@ -211,11 +216,14 @@ def classify(classifier: Classifier, split: Split, rows: np.ndarray, settings: S
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Rise linearly to lr in the first steps, then fall linearly towards 0."""
+    """Rise linearly to lr in the first steps, then fall as lr_decay says."""
     warmup = round(settings.warmup * steps)
-    rise = (step + 1) / max(1, warmup)
-    fall = (steps - step) / max(1, steps - warmup)
-    return settings.lr * min(rise, fall)
+    if step < warmup:
+        return settings.lr * ((step + 1) / warmup)
+    left = (steps - step) / (steps - warmup)  # 1 at first, 0 after the last step
+    if settings.lr_decay == "cosine":
+        return settings.lr * (0.1 + 0.9 * cosine(1 - left))
+    return settings.lr * left
 
 
 def train_epoch(
@@ -239,8 +247,9 @@ def train_epoch(
         loss = F.cross_entropy(logits, labels)
         loss.backward()
 
-        # clip the gradient to a norm of 1, as Hugging Face's Trainer does, and step
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        # clip and step
+        if settings.clip > 0:
+            nn.utils.clip_grad_norm_(group["params"], settings.clip)
         group["lr"] = learning_rate(step, steps, settings)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -388,8 +397,10 @@ def open_task(name: str, settings: Settings, results: dict, out: Path) -> dict:
     """Return a task's seeds among the results; raises UserError for those of other settings."""
     asked = settings.stored()
     entry = results["tasks"].setdefault(name, {"settings": asked, "seeds": {}})
+    # an older file lacks newer settings
+    saved_settings = Settings().stored() | entry["settings"]
     for setting, value in asked.items():
-        saved = entry["settings"].get(setting)
+        saved = saved_settings[setting]
         require(
             saved == value,
             f"{out}: holds {name} with {setting}={saved!r}, not {value!r}; "

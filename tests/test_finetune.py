@@ -22,7 +22,7 @@ from antlm.checkpoint import file_sha256, save_checkpoint
 from antlm.tokenizer import Tokenizer
 from babylm.classifier import Classifier, LowRank
 from babylm.glue import TASKS, Split, four_parts, join, measure, table, zero_shot_parts
-from babylm.results import write_result
+from babylm.results import read_result, write_result
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -385,6 +385,32 @@ def test_without_a_warm_up_the_first_rate_is_the_peak():
     assert rates == [8, 6, 4, 2]
 
 
+def test_a_cosine_falls_towards_a_tenth():
+    """The points of cosine_schedule_with_warmup, whose warm-up begins a step earlier, at 0."""
+    settings = make_settings(lr=10.0, lr_decay="cosine", warmup=0.25)
+    rates = [finetune.learning_rate(step, 8, settings) for step in range(9)]
+    root = math.sqrt(3) / 2  # of 30 degrees
+    half = [5.5 + 4.5 * x for x in (1, root, 0.5, 0, -0.5, -root, -1)]
+    assert rates == pytest.approx([5, 10, *half])
+
+
+def test_without_clipping_the_optimizer_is_given_the_gradient_itself():
+    split = make_split(8)
+    norms = {}
+    for clip in (0.0, 1e-3):
+        classifier = make_classifier()
+        recorder = Recorder(classifier)
+        settings = make_settings(clip=clip, lr=1e-30)
+        finetune.train_epoch(classifier, recorder, split, settings, 12, 1)
+        norms[clip] = float(recorder.gradients[0].norm())
+    classifier = make_classifier()
+    logits, labels = finetune.classify(classifier, split, np.arange(8), settings)
+    F.cross_entropy(logits, labels).backward()
+    gradients = [p.grad.flatten() for p in classifier.parameters()]
+    assert norms[0.0] == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-4)
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_each_epoch_of_fine_tuning_has_an_order_of_its_own(monkeypatch):
     asked = []
 
@@ -555,6 +581,18 @@ def test_results_of_other_settings_or_weights_are_not_mixed(run, glue, tmp_path,
         tune(other, *flags, out=run / "glue_10.json")
 
 
+def test_results_from_before_a_setting_have_its_default(run, glue):
+    flags = [f"--data={glue}", "--tasks=rte", "--epochs=1"]
+    tune(run, *flags)
+    result = read_result(run / "glue_10.json")
+    for name in ("lr_decay", "clip"):
+        del result["tasks"]["rte"]["settings"][name]
+    write_result(run / "glue_10.json", result)
+    assert list(tune(run, *flags, "--seeds=12,13")["rte"]["seeds"]) == ["12", "13"]
+    with pytest.raises(UserError, match="holds rte with clip=1.0, not 0.0"):
+        tune(run, *flags, "--clip=0")
+
+
 def test_mnli_mm_is_scored_with_the_model_of_mnli(run, glue, capsys):
     rows = read_records(glue / "mnli-mm.valid.jsonl")  # the same texts get other labels
     write_records(glue / "mnli-mm.valid.jsonl", [{**row, "label": 1} for row in rows])
@@ -661,6 +699,22 @@ def test_the_files_of_settings_load(name):
     for task, changes in settings.task_settings.items():
         for setting, value in changes.items():
             assert getattr(settings.by_task()[task], setting) == value
+
+
+@pytest.mark.parametrize("year, pool", [("2025", "auto"), ("2026", "last")])
+def test_fine_tuning_of_a_year_is_that_of_its_pipeline(year, pool):
+    """As eval_finetuning.sh calls it, with what run.py and trainer.py leave fixed."""
+    file = ROOT / f"config/finetune/glue_{year}.py"
+    by_task = config.load(finetune.Settings, [str(file)]).by_task()
+    assert set(by_task) == {"boolq", "mnli", "mrpc", "multirc", "qqp", "rte", "wsc"}
+    for task, settings in by_task.items():
+        assert settings.pool == pool
+        assert settings.max_length == 512
+        assert settings.batch_rows == (16 if task in ("boolq", "multirc") else 32)
+        assert settings.epochs == (30 if task == "wsc" else 10)
+        assert (settings.lr, settings.lr_decay, settings.warmup) == (3e-5, "cosine", 0.06)
+        assert (settings.weight_decay, settings.clip, settings.dropout) == (0.01, 0, 0.1)
+        assert (settings.patience, settings.select, settings.seeds) == (0, "metric", ("42",))
 
 
 @pytest.mark.parametrize(

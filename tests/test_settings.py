@@ -490,6 +490,12 @@ def first_rate(run: Trial) -> float:
     return movements([forward.weights for forward in run.training[:2]])[0]
 
 
+def rate_half_way(run: Trial) -> float:
+    """Of the third of four steps, by the part of the head that weight decay takes; peak: 1."""
+    before, after = (forward.weights["dense.weight"] for forward in run.training[2:4])
+    return (1 - kept(before, after)) / 0.5
+
+
 def kept_of_matrix_and_head(run: Trial) -> tuple:
     before, after = (forward.weights for forward in run.training[:2])
     return tuple(kept(before[name], after[name]) for name in ("blocks.0.out.weight", "dense.bias"))
@@ -522,6 +528,8 @@ def chosen_epoch(run: Trial) -> int:
 
 
 ADAPTERS = {"lora_rank": 2}
+# a step at the peak takes half of each weight, beside which what Adam moves is nothing
+DECAY = {"lr": 1e-6, "weight_decay": 0.5 / 1e-6, "epochs": 1}
 COLA = {"tasks": "cola", "epochs": 3}
 
 FINETUNE_ROWS = [
@@ -546,7 +554,10 @@ FINETUNE_ROWS = [
     Row("lora_dropout", {0.0: (0, 0), 0.5: (near(0.5, 0.1), 0)}, adapter_dropout, ADAPTERS),
     Row("dropout", {0.0: (0, 0), 0.5: (near(0.5, 0.1), 0)}, head_dropout),
     Row("lr", {RATE: near(RATE, 0.01), 4 * RATE: near(4 * RATE, 0.01)}, first_rate),
+    Row("lr_decay", {"linear": near(0.5), "cosine": near(0.1 + 0.9 / 2)}, rate_half_way, DECAY),
     Row("warmup", {0.0: near(RATE, 0.01), 0.5: near(RATE / 4, 0.01)}, first_rate),
+    # Adam hardly moves where all gradients are far below its eps
+    Row("clip", {0.0: near(RATE, 0.01), 1e-20: near(0)}, first_rate),
     Row(
         "weight_decay",
         {0.0: near((1, 1), 0.01), 0.5 / 1e-6: near((0.5, 0.5), 0.01)},
