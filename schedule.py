@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 from config import UserError
 
-# BabyLM 2025 and 2026 ask for a checkpoint at 1M, 2M ... 10M, 20M ... 100M words seen.
-WORD_MARKS = [*range(1_000_000, 10_000_000, 1_000_000), *range(10_000_000, 100_000_001, 10_000_000)]
+# BabyLM 2025 and 2026 ask for a checkpoint at 1M, 2M ... 10M, 20M ... 100M, 200M ... 1000M words
+# seen; up to 100M in the track of 10M words.
+WORD_MARKS = [
+    *range(1_000_000, 10_000_000, 1_000_000),
+    *range(10_000_000, 100_000_000, 10_000_000),
+    *range(100_000_000, 1_000_000_001, 100_000_000),
+]
 
 
 def cosine(x: float) -> float:

@@ -84,7 +84,7 @@ class Settings:
     eval_mask_rate: float = 0.15  # of the masked dev losses: fixed, so that runs can be compared
     save_every: int = 500  # steps between checkpoints; each phase end has one too
     keep: int = 2  # newest checkpoints kept, beside those of phase ends
-    babylm_rules: bool = False  # at most 10 epochs, a checkpoint kept at 1M, 2M ... 100M words
+    babylm_rules: bool = False  # at most 10 epochs, a checkpoint at 1M ... 10M ... 1000M words
     # machine
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # auto | float32 | bfloat16 (autocast; weights stay float32)
