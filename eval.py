@@ -1,11 +1,14 @@
-"""Score a trained model on the zero-shot tasks of BabyLM: minimal pairs and multiple choice.
+"""Score a trained model on the zero-shot tasks of the BabyLM challenge.
 
-    python eval.py runs/babylm --task blimp_filtered                # newest checkpoint of a run
-    python eval.py runs/babylm --task evaluation_data --limit 50    # all tasks in a folder, a look
+    python eval.py runs/babylm --task blimp_filtered               # newest checkpoint of a run
+    python eval.py runs/babylm --task full_eval --limit 50         # all tasks in a folder, a look
+    python eval.py runs/babylm --task full_eval/aoa --checkpoints  # all checkpoints, oldest first
 
-A task is a folder of JSON lines, known by their fields: BLiMP and its supplement, EWoK, entity
-tracking, COMPS. The model prefers the option to whose tokens it gives the highest probability.
-There are three ways to ask it, by what it was trained to do:
+Most tasks are minimal pairs or multiple choice in folders of JSON lines, known by their fields:
+BLiMP and its supplement, EWoK, entity tracking, COMPS, GlobalPIQA, wug tests. The model prefers the
+option to whose tokens it gives the highest probability. Two compare its surprisal with people:
+reading times and the age of acquisition. Which tasks a year of the challenge has, and how it asks,
+stands in babylm/protocols.py. There are three ways to ask a model, by what it was trained to do:
 
     causal    each token given those before it
     masked    each token hidden alone, given all others (pseudo-log-likelihood, Salazar et al. 2020)
@@ -15,19 +18,22 @@ There are three ways to ask it, by what it was trained to do:
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from antlm.checkpoint import LoadedRun, load_run
+from antlm.checkpoint import LoadedRun, checkpoints, load_run
 from antlm.distributed import find_device
 from antlm.files import Progress
 from antlm.program import clean_exit
 from antlm.tokenizer import MASK, START, Tokenizer
-from babylm.results import summarize, write_result
-from babylm.tasks import Item, fingerprint, read_tasks
+from babylm.human import Human, ages_table, read_human, score_human
+from babylm.protocols import DEFAULT_PROTOCOL, PROTOCOLS, Protocol
+from babylm.results import report, summarize, write_result
+from babylm.tasks import Item, Tasks, fingerprint, read_tasks
 from config import UserError, require
 from data import OBJECTIVES, find_objectives
 from model import Transformer
@@ -36,13 +42,14 @@ from model import Transformer
 
 
 def encode(
-    options: list[tuple[str, int]], tokenizer: Tokenizer, boundary: str, protocol: str, mode: str
+    options: list[tuple[str, int]],
+    tokenizer: Tokenizer,
+    boundary: str,
+    protocol: Protocol,
+    mode: str,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Encode options, each a text and the character where its target starts.
 
-    protocol: "2025" puts a start token in front. "2024", after the lm_eval fork of that year, puts
-    a space in front of a text without context, too, and in causal mode no start token in front
-    of a context.
     Returns the ids of each text and the index of its target's first token, which is the first one
     that ends beyond the target's start.
     """
@@ -54,10 +61,10 @@ def encode(
     ids = []
     first = []
     for text, start in options:
-        # the two years place the space before a target differently
-        if protocol == "2024" and start == 0:
+        # the years place the space before a target differently
+        if protocol.space_in_front and start == 0:
             text = " " + text
-        elif protocol == "2024":
+        elif protocol.space_in_front:
             start = len(text[:start].rstrip())
 
         # a start token, then the text; a token belongs to the target if it ends within it
@@ -67,7 +74,7 @@ def encode(
             ends = n_bytes[row[1:]].cumsum()
             context = len(text[:start].encode())
             index += int(np.searchsorted(ends, context, side="right"))
-        if protocol == "2024" and start > 0 and mode == "causal":
+        if protocol.bare_context and start > 0 and mode == "causal":
             row = row[1:]
             index = max(1, index - 1)  # nothing predicts the very first token
         # texts of their own length each; same_shape sorts them later
@@ -88,7 +95,18 @@ class Questions(NamedTuple):
     text: np.ndarray  # (R,) which of the N texts a row asks about
 
 
-def ask_causal(ids: np.ndarray, first: int) -> Questions:
+def is_asked(ids: np.ndarray, first: int, skip_start: bool) -> np.ndarray:
+    """Whether a masked mode asks for a token, (N, T) or (T,) as ids: those from `first` on.
+
+    skip_start: not for those that are the start token in front, as newlines may be
+    """
+    asked = (np.arange(ids.shape[-1]) >= first) & (ids != MASK)
+    if skip_start:
+        asked &= ids != ids[..., :1]
+    return asked
+
+
+def ask_causal(ids: np.ndarray, first: int, skip_start: bool = False) -> Questions:
     """Ask for each token from `first` on given those before it. ids: (N, T)"""
     N, T = ids.shape
     # position t predicts token t + 1, and the last token predicts nothing that is asked
@@ -96,19 +114,19 @@ def ask_causal(ids: np.ndarray, first: int) -> Questions:
     return Questions(ids[:, :-1], positions, ids[:, first:], np.arange(N))
 
 
-def ask_masked(ids: np.ndarray, first: int) -> Questions:
+def ask_masked(ids: np.ndarray, first: int, skip_start: bool = False) -> Questions:
     """Ask for each token from `first` on in a row of its own, in which it is hidden. ids: (N, T)"""
     # one row for each token that is asked for: hiding several at once would ask another question
-    text, place = np.nonzero((np.arange(ids.shape[1]) >= first) & (ids != MASK))
+    text, place = np.nonzero(is_asked(ids, first, skip_start))
     tokens = ids[text]
     tokens[np.arange(len(tokens)), place] = MASK
     return Questions(tokens, place[:, None], ids[text, place][:, None], text)
 
 
-def ask_mntp(ids: np.ndarray, first: int) -> Questions:
+def ask_mntp(ids: np.ndarray, first: int, skip_start: bool = False) -> Questions:
     """Ask as ask_masked does, and read the answer one position earlier."""
     # training put the hidden token's target there
-    questions = ask_masked(ids, first)
+    questions = ask_masked(ids, first, skip_start)
     return questions._replace(positions=questions.positions - 1)
 
 
@@ -148,20 +166,6 @@ def same_shape(ids: list[np.ndarray], first: np.ndarray) -> Iterator[tuple[np.nd
             yield np.flatnonzero((lengths == length) & (first == start)), int(start)
 
 
-def leave_out_start(questions: Questions) -> Questions:
-    """Return the rows of a masked mode that ask for another token than the one in front."""
-    is_asked = questions.targets[:, 0] != questions.tokens[:, 0]
-    return Questions(*(part[is_asked] for part in questions))
-
-
-def count_targets(ids: list[np.ndarray], first: np.ndarray, skip_start: bool) -> np.ndarray:
-    """Return how many tokens of each text are scored: from `first` on, or fewer by start tokens."""
-    n_targets = np.array([len(row) for row in ids]) - first
-    if skip_start:
-        n_targets -= [(row[start:] == row[0]).sum() for row, start in zip(ids, first, strict=True)]
-    return n_targets
-
-
 def score(
     model: Transformer,
     ids: list[np.ndarray],
@@ -169,16 +173,14 @@ def score(
     mode: str,
     names: list[str],
     *,
-    mean: bool = False,
     skip_start: bool = False,
     batch_tokens: int = 2048,
     dtype: torch.dtype = torch.float32,
-) -> np.ndarray:
-    """Return the log-probability in nats of each text's tokens from `first` on, as float64.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-probability in nats of each text's tokens from `first` on, and their number.
 
     mode: a key of MODES
     names: of the texts, for errors
-    mean: over the tokens of a text, in place of their sum
     skip_start: in the masked modes leave out start tokens within a text, which are its newlines
     batch_tokens: of one forward pass, at most
     dtype: float32, or bfloat16 for autocast
@@ -186,10 +188,12 @@ def score(
     the model can take, or if its score is not finite.
     """
     # refuse what cannot be scored
-    skip_start = skip_start and mode != "causal"
-    n_targets = count_targets(ids, first, skip_start)
-    for name, row, n in zip(names, ids, n_targets, strict=True):
-        require(n > 0, f"{name}: a target without a token to score in {mode} mode")
+    n_targets = np.zeros(len(ids), int)
+    for i, (name, row, start) in enumerate(zip(names, ids, first, strict=True)):
+        n_targets[i] = len(row) - start
+        if mode != "causal":
+            n_targets[i] = is_asked(row, start, skip_start).sum()
+        require(n_targets[i] > 0, f"{name}: a target without a token to score in {mode} mode")
         if model.max_tokens is not None and len(row) > model.max_tokens:
             raise UserError(f"{name}: {len(row)} tokens, but the model takes {model.max_tokens}")
 
@@ -198,10 +202,8 @@ def score(
     done = 0
     progress = Progress(f"scoring, {mode}", int(n_targets.sum()))
     for texts, start in same_shape(ids, first):
-        questions = MODES[mode](np.stack([ids[i] for i in texts]), start)
-        if skip_start:
-            questions = leave_out_start(questions)
         # as many rows at once as batch_tokens allows
+        questions = MODES[mode](np.stack([ids[i] for i in texts]), start, skip_start)
         batch_rows = max(1, batch_tokens // questions.tokens.shape[1])
         for a in range(0, len(questions.tokens), batch_rows):
             batch = Questions(*(part[a : a + batch_rows] for part in questions))
@@ -219,53 +221,120 @@ def score(
             np.add.at(total, asked, values.sum(axis=1, dtype=np.float64))
             done += values.size
             progress(done)
-    if mean:
-        return total / n_targets
-    return total
+    return total, n_targets
+
+
+# -------------------------------------------------------------------------- a model under questions
+
+
+class Score(NamedTuple):
+    """Of one option: the summed log-probability of its target, and numbers of tokens."""
+
+    total: float
+    n_targets: int
+    n_tokens: int  # of the whole text
+
+
+@dataclass
+class Examiner:
+    """A model, and how it is asked.
+
+    protocol: whose questions; modes: keys of MODES
+    batch_tokens: of one forward pass, at most; dtype: of the forward passes
+    """
+
+    run: LoadedRun
+    protocol: Protocol
+    modes: list[str]
+    batch_tokens: int
+    dtype: torch.dtype
+
+    def score(
+        self, ids: list[np.ndarray], first: np.ndarray, mode: str, names: list[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Score texts as score() does, with this model and these settings."""
+        return score(
+            self.run.model,
+            ids,
+            first,
+            mode,
+            names,
+            skip_start=self.protocol.skip_start,
+            batch_tokens=self.batch_tokens,
+            dtype=self.dtype,
+        )
+
+    def score_options(self, sources: dict[tuple, str], mode: str) -> dict[tuple, Score]:
+        """Score texts, each once. sources: {option, as in Choice: file:line, for errors}"""
+        options = list(sources)
+        run = self.run
+        ids, first = encode(options, run.tokenizer, run.boundary, self.protocol, mode)
+        totals, n_targets = self.score(ids, first, mode, list(sources.values()))
+        scores = {}
+        for option, total, n, row in zip(options, totals.tolist(), n_targets, ids, strict=True):
+            scores[option] = Score(total, int(n), len(row))
+        return scores
+
+
+def item_scores(item: Item, scores: dict[tuple, Score], mode: str, protocol: Protocol) -> list:
+    """Return the numbers by which the options of an item are compared."""
+    options = [scores[option] for option in item.choice.options]
+    if item.kind.per_token or (protocol.masked_mean and mode != "causal"):
+        return [option.total / option.n_targets for option in options]
+    return [option.total for option in options]
+
+
+def score_choices(items: list[Item], examiner: Examiner) -> dict[str, dict]:
+    """Score the options of all items, and summarize by task."""
+    # a text that several items share is scored once; errors name the first of them
+    sources = {}
+    items_of = {}
+    for item in items:
+        items_of.setdefault(item.task, []).append(item)
+        for option in item.choice.options:
+            sources.setdefault(option, item.source)
+    scores_of = {mode: examiner.score_options(sources, mode) for mode in examiner.modes}
+
+    # hand the scores back to the items
+    results = {}
+    for task, task_items in items_of.items():
+        scores = {}
+        for mode, option_scores in scores_of.items():
+            scores[mode] = []
+            for item in task_items:
+                scores[mode].append(item_scores(item, option_scores, mode, examiner.protocol))
+        option_scores = scores_of[examiner.modes[0]]
+        results[task] = {
+            "kind": task_items[0].kind.name,
+            "options_sha256": fingerprint(task_items),
+            "longer_than_training_rows": count_long(task_items, option_scores, examiner.run),
+            **summarize(task_items, scores),
+        }
+    return results
+
+
+def count_long(items: list[Item], scores: dict[tuple, Score], run: LoadedRun) -> int:
+    """Return how many options are longer than a training row."""
+    n_long = 0
+    for item in items:
+        n_long += sum(scores[option].n_tokens > run.block_size for option in item.choice.options)
+    return n_long
 
 
 # -------------------------------------------------------------------------------------- the program
 
 
-def table(task: str, result: dict, modes: list[str]) -> str:
-    """Lay out a task's result: percent correct and ties of each group, subset and mode."""
-    # what stands in which line; a group that is its only subset has one line
-    rows = []
-    for group, group_score in result["groups"].items():
-        subsets = [name for name, score in result["subsets"].items() if score["group"] == group]
-        indent = ""
-        if group and subsets != [group]:
-            rows.append((group, group_score))
-            indent = "  "
-        for subset in subsets:
-            rows.append((indent + subset, result["subsets"][subset]))
-    # the number to quote: subsets count alike, however many items they have
-    rows.append((f"macro average of {len(result['subsets'])}", result))
-
-    # columns as wide as their widest entry
-    width = max(len(label) for label, _ in [(task, None), *rows])
-    head = f"{task:{width}}  items"
-    for mode in modes:
-        head += f"{mode:>8} ties"
-    lines = []
-    for label, score in rows:
-        line = f"{label:{width}}{score['items']:7}"
-        for mode in modes:
-            line += f"{score['accuracy'][mode]:8.1f}{score['ties'][mode]:5}"
-        lines.append(line)
-    rule = "-" * len(head)
-    return "\n".join([head, rule, *lines[:-1], rule, lines[-1]])
-
-
 def result_name(args: argparse.Namespace, step: int) -> str:
-    """Name a result after task and step, and after each setting that is not the usual one.
+    """Name a result after tasks and step, and after each setting that is not the usual one.
 
     A quick look then never overwrites a full result.
     """
-    parts = ["eval", Path(args.task).resolve().name.removesuffix(".jsonl"), str(step)]
+    parts = ["eval"]
+    parts += [Path(task).resolve().name.removesuffix(".jsonl") for task in args.task]
+    parts.append(str(step))
     # only what was asked for by name, so that a plain call has a plain name
     parts += args.mode or []
-    if args.protocol != "2025":
+    if args.protocol != DEFAULT_PROTOCOL:
         parts.append(args.protocol)
     if args.dtype != "float32":
         parts.append(args.dtype)
@@ -274,119 +343,101 @@ def result_name(args: argparse.Namespace, step: int) -> str:
     return "_".join(parts) + ".json"
 
 
-def score_tasks(
-    items: list[Item], run: LoadedRun, modes: list[str], batch_tokens: int, args: argparse.Namespace
-) -> dict[str, dict]:
-    """Score each distinct option once, and summarize by task."""
-    # where each option stands first, for errors
-    source_of = {}
-    for item in items:
-        for option in item.options:
-            source_of.setdefault(option, item.source)
-    options = list(source_of)
-
-    # a text that several items share is scored once
-    scores_of = {}  # mode: option: score
-    for mode in modes:
-        ids, first = encode(options, run.tokenizer, run.boundary, args.protocol, mode)
-        scores = score(
-            run.model,
-            ids,
-            first,
-            mode,
-            names=list(source_of.values()),
-            mean=args.protocol == "2024" and mode != "causal",
-            skip_start=args.protocol == "2024",
-            batch_tokens=batch_tokens,
-            dtype=getattr(torch, args.dtype),
-        )
-        scores_of[mode] = dict(zip(options, scores.tolist(), strict=True))
-        n_tokens = dict(zip(options, map(len, ids), strict=True))
-
-    # hand the scores back to the items
-    results = {}
-    for task in dict.fromkeys(item.task for item in items):
-        task_items = [item for item in items if item.task == task]
-        n_long = 0
-        scores = {mode: [] for mode in modes}
-        for item in task_items:
-            n_long += sum(n_tokens[option] > run.block_size for option in item.options)
-            for mode in modes:
-                scores[mode].append([scores_of[mode][option] for option in item.options])
-        results[task] = {
-            "kind": task_items[0].kind,
-            "options_sha256": fingerprint(task_items),
-            "longer_than_training_rows": n_long,
-            **summarize(task_items, scores),
-        }
-    return results
-
-
-def evaluate(args: argparse.Namespace):
-    """Score what the command line asks for, write the result file and print the tables."""
-    require(args.limit >= 0, f"--limit {args.limit}: must be at least 0")
-    require(args.batch_tokens >= 0, f"--batch_tokens {args.batch_tokens}: must be at least 0")
-
-    # read the tasks before the model, which takes longer
-    items = read_tasks(args.task, args.limit, args.protocol)
-    device = find_device(args.device)
-    run = load_run(args.run, device)
-    backbone = run.model.config.backbone
-    print(f"{run.path}: step {run.step} of {run.schedule}, {backbone}; {args.dtype} on {device}")
-
-    # ask in the ways that the model has learnt
+def make_examiner(run: LoadedRun, args: argparse.Namespace, device: torch.device) -> Examiner:
+    """Ask in the modes of the command line, or else in those that the model has learnt."""
     objectives = find_objectives(run.full_schedule, run.path)
     learnt = {OBJECTIVES[name].mode for name in objectives}
     modes = args.mode or [mode for mode in MODES if mode in learnt]
-    modes = list(dict.fromkeys(modes))
+    # a GPU needs larger batches to be busy
+    batch_tokens = args.batch_tokens
+    if batch_tokens == 0:
+        batch_tokens = 2048 if device.type == "cpu" else 16384
+    return Examiner(
+        run,
+        PROTOCOLS[args.protocol],
+        list(dict.fromkeys(modes)),
+        batch_tokens,
+        getattr(torch, args.dtype),
+    )
+
+
+def score_checkpoint(
+    path: str | Path, tasks: Tasks, human: Human, device: torch.device, args: argparse.Namespace
+) -> dict:
+    """Score one checkpoint on all tasks, write its result file and print its tables."""
+    run = load_run(path, device)
+    backbone = run.model.config.backbone
+    print(f"{run.path}: step {run.step} of {run.schedule}, {backbone}; {args.dtype} on {device}")
 
     # find out now what cannot work later
     out = Path(args.out or run.path.parent / result_name(args, run.step))
     ok = out.parent.is_dir() and not out.is_dir()
     require(ok, f"{out}: cannot be written; --out is a file in a folder that exists")
-    # a GPU needs larger batches to be busy
-    batch_tokens = args.batch_tokens
-    if batch_tokens == 0:
-        batch_tokens = 2048 if device.type == "cpu" else 16384
+    words = run.content.get("words")
+    if human.children is not None:
+        require(words is not None, f"{run.path}: does not say how many words it has seen")
 
-    # score, and keep all on disk before anything is printed
+    # score
     began = time.time()
-    results = score_tasks(items, run, modes, batch_tokens, args)
+    examiner = make_examiner(run, args, device)
+    results = score_choices(tasks.items, examiner)
+    human_results = score_human(human, examiner)
+
+    # keep all on disk before anything is printed
     result = {
         "checkpoint": str(run.path),
         "step": run.step,
+        "words": words,
         "schedule": run.schedule,
         "config": run.content["config"],
         "tokenizer_sha256": run.tokenizer.sha256,
         "task": args.task,
         "protocol": args.protocol,
-        "modes": modes,
+        "modes": examiner.modes,
         "limit": args.limit,
         "partial": args.limit > 0,
         "device": device.type,
         "dtype": args.dtype,
-        "batch_tokens": batch_tokens,
+        "batch_tokens": examiner.batch_tokens,
         "seconds": round(time.time() - began, 1),
         "torch": torch.__version__,
         "macro": {task: entry["accuracy"] for task, entry in results.items()},
         "tasks": results,
+        "human": human_results,
     }
     write_result(out, result)
-    print_tables(result, run.block_size)
+    print(f"\n{report(result, run.block_size)}")
     print(f"every option's score: {out}")
+    return result
 
 
-def print_tables(result: dict, block_size: int):
-    for task, entry in result["tasks"].items():
-        print(f"\n{table(task, entry, result['modes'])}")
-        if entry["longer_than_training_rows"]:
-            n_long = entry["longer_than_training_rows"]
-            print(f"{n_long} options are longer than the {block_size} tokens of a training row")
-    # say what makes a number incomparable
-    note = f"percent correct, ties share the point, protocol {result['protocol']}"
-    if result["partial"]:
-        note += f"; PARTIAL: only the first {result['limit']} items of each file"
-    print(f"\n{note}")
+def evaluate(args: argparse.Namespace):
+    """Score what the command line asks for."""
+    require(args.limit >= 0, f"--limit {args.limit}: must be at least 0")
+    require(args.batch_tokens >= 0, f"--batch_tokens {args.batch_tokens}: must be at least 0")
+    require(not (args.checkpoints and args.out), "--out names one file: leave --checkpoints out")
+    paths = [args.run]
+    if args.checkpoints:
+        paths = checkpoints(Path(args.run))[::-1]  # the oldest first
+        require(paths, f"{args.run}: holds no checkpoint (step_*.pt of train.py)")
+
+    # read the tasks before the model, which takes longer
+    protocol = PROTOCOLS[args.protocol]
+    tasks = read_tasks(args.task, protocol.kinds, args.limit)
+    for path in (tasks.reading, tasks.words):
+        ok = protocol.human or path is None
+        require(ok, f"{path}: the challenge of {args.protocol} does not have it; leave it out")
+    human = read_human(tasks, args.limit, ages=args.checkpoints)
+
+    device = find_device(args.device)
+    results = [score_checkpoint(path, tasks, human, device, args) for path in paths]
+    if human.children is not None:
+        for mode in MODES:
+            # a schedule may have got longer, and early checkpoints have not learnt the later modes
+            if all(mode in result["modes"] for result in results):
+                print(f"\n{ages_table(results, human, Path(args.run), mode)}")
+        if args.limit > 0:
+            print(f"PARTIAL: only the first {args.limit} words in context")
 
 
 def main(argv: list[str] | None = None):
@@ -395,9 +446,19 @@ def main(argv: list[str] | None = None):
     )
     add = parser.add_argument
     add("run", help="run folder, or a checkpoint with tokenizer.json beside it")
-    add("--task", required=True, help="file of JSON lines, folder of them, or of such folders")
+    add(
+        "--task",
+        required=True,
+        nargs="+",
+        help="files of the challenge, folders of them, or folders of such folders",
+    )
+    add(
+        "--checkpoints",
+        action="store_true",
+        help="score every checkpoint of the run, oldest first; age of acquisition needs it",
+    )
     add("--mode", nargs="+", choices=MODES, help="default: those that the model was trained for")
-    add("--protocol", default="2025", choices=("2025", "2024"), help="default: %(default)s")
+    add("--protocol", default=DEFAULT_PROTOCOL, choices=PROTOCOLS, help="default: %(default)s")
     add("--limit", type=int, default=0, help="items of each file, 0: all; default: %(default)s")
     add("--out", help="result file; default: eval_TASK_STEP.json beside the checkpoint")
     add(

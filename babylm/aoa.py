@@ -269,3 +269,25 @@ def surprisal_file(model_name: str, pairs: list[Pair], surprisals: dict[int, np.
 def score_file(result: Score) -> dict:
     """Return the content of aoa_score.json."""
     return {"aoa": result.r}
+
+
+def table(result: Score, n_words: int = 20) -> str:
+    """Lay out the score and the curves of some words: those that the model learnt first."""
+    head = f"age of acquisition: r = {result.r:.3f} over {result.n_words} words"
+    if result.p_value is not None:
+        head += f" (Pearson's {result.raw_r:.3f}, p = {result.p_value:.3f})"
+    seen = [f"{words / 1e6:.0f}M" for words in result.words_seen]
+    lines = [
+        head,
+        "mean surprisal in nats at so many words seen, and the ages of model and children",
+    ]
+    lines.append(f"{'':16}" + "".join(f"{words:>7}" for words in seen) + "    model  months")
+
+    learnt = [word for word, curve in result.curves.items() if curve.model_age is not None]
+    learnt.sort(key=lambda word: result.curves[word].model_age)
+    for word in learnt[:n_words]:
+        curve = result.curves[word]
+        cells = "".join(f"{surprisal:7.2f}" for surprisal in curve.surprisals)
+        child_age = "-" if curve.child_age is None else f"{curve.child_age:.1f}"
+        lines.append(f"{word:16}{cells}{10**curve.model_age / 1e6:8.2f}M{child_age:>8}")
+    return "\n".join(lines)

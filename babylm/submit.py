@@ -1,326 +1,376 @@
-"""Write the files that the BabyLM challenge takes, from a run's results of eval.py and finetune.py.
+"""Score a whole run and write what the BabyLM challenge takes: from a run folder to a submission.
 
-    python -m babylm.submit runs/babyllama --year 2024 --mode causal --out submission
-    python -m babylm.submit runs/babyllama --year 2025 --mode masked --out submission
+    python -m babylm.submit runs/strict_small --mode causal --data evaluation_data --out submission
+    python -m babylm.submit runs/babyllama --mode causal --year 2024 --out submission
 
-For 2024 that is one .json.gz, as collect_results.py of evaluation-pipeline-2024 writes it; for 2025
-a tree of folders that collate_preds.py of evaluation-pipeline-2025 reads. The format of 2026 is not
-written yet.
-
-Everything is checked before the first byte is written: each part must be scored whole, by the same
-checkpoint, on sets as large as the challenge's. The task files that results name are read again, so
-run it from the folder in which eval.py ran.
+For 2026, the default, and 2025 the last checkpoint is scored on the sets of full_eval and
+fine-tuned, and every checkpoint chck_1M, chck_2M ... is scored on the sets of fast_eval and on the
+words whose age of acquisition is asked for. What is scored stays in RUN/submission, so that the
+same command goes on where it was stopped. OUT/NAME then holds the tree of predictions that
+collate_preds.py reads, and the one file that it would make of them: hand that in. Local checkpoints
+are scored as they are; nothing has to be uploaded first.
 """
 
 import argparse
-import functools
 import gzip
+import hashlib
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from antlm.checkpoint import checkpoints, file_sha256, load_checkpoint
+from antlm.distributed import DEVICES
 from antlm.files import write_whole
 from antlm.program import clean_exit
+from antlm.tokenizer import Tokenizer
+from babylm import aoa
+from babylm.challenge import (
+    BACKENDS,
+    TRACKS,
+    YEARS,
+    Set,
+    leaderboard,
+    mark_name,
+    reached_mark,
+    words_per_step,
+)
+from babylm.collate import Scored, collate, result_tree, scores_by_key, submission_2024
 from babylm.results import read_result
-from babylm.tasks import Item, fingerprint, read_tasks
-from config import UserError
+from babylm.sets import OpenSet, Sets, find_sets
+from config import require
 
-# Items of each part, as collate_preds.py of 2025 asserts them subset by subset; here their sums.
-COUNTS = {
-    "blimp": 59875,
-    "blimp_supplement": 5218,
-    "ewok": 7618,
-    "entity_tracking": 9483,
-    "comps": 91028,
-}
-GLUE_COUNTS = {
-    "boolq": 1635,
-    "cola": 522,
-    "mnli": 4908,
-    "mnli-mm": 4916,
-    "mrpc": 204,
-    "multirc": 2424,
-    "qnli": 2732,
-    "qqp": 20215,
-    "rte": 139,
-    "sst2": 436,
-    "wsc": 52,
-}
-BACKENDS = {"causal": "causal", "masked": "mlm", "mntp": "mntp"}  # what the pipeline calls a mode
-FOLDERS_2025 = {
-    "blimp": "blimp/blimp_filtered",
-    "blimp_supplement": "blimp/supplement_filtered",
-    "ewok": "ewok/ewok_filtered",
-    "entity_tracking": "entity_tracking/entity_tracking",
-    "comps": "comps/comps",
-}
+ROOT = Path(__file__).parent.parent
+SECONDS_BETWEEN_LINES = 30  # in which a long call says how far it is
+
+# ---------------------------------------------------------------------------------- the checkpoints
 
 
-@dataclass
-class ScoredPart:
-    """A part of the challenge as eval.py has scored it."""
-
-    file: Path  # the result
-    source: str  # folder of the items that were scored
-    task: str  # what eval.py calls the part
-    subsets: dict  # name: items, scores by mode
-    options_sha256: str
+class Checkpoint(NamedTuple):
+    path: Path
+    sha256: str
 
 
-# --------------------------------------------------------------------------------- find the parts
+def read_checkpoint(path: Path, tokenizer: Tokenizer) -> tuple[Checkpoint, dict]:
+    """Return a checkpoint and its content; raises UserError for one of another tokenizer."""
+    content = load_checkpoint(path)
+    require(
+        content.get("tokenizer_sha256") == tokenizer.sha256,
+        f"{path}: was trained with another tokenizer than {path.with_name('tokenizer.json')}",
+    )
+    return Checkpoint(path, file_sha256(path)), content
 
 
-def part_name(kind: str, subsets: dict) -> str:
-    """Return the challenge's name of a task, from its kind and the names of its subsets."""
-    if kind == "blimp" and "hypernym" in subsets:
-        return "blimp_supplement"
-    return kind
+def find_checkpoints(
+    run: Path, year: str, track: str
+) -> tuple[Checkpoint, dict[int, Checkpoint], Tokenizer]:
+    """Return the last checkpoint, those at the words that the rules name, and the tokenizer.
 
-
-def subset_name(part: str, subset: str) -> str:
-    """Return the challenge's name of a subset; COMPS alone has other names than its files."""
-    if part == "comps":
-        return subset.removeprefix("comps_").replace("-", "_")
-    return subset
-
-
-def find_parts(results: dict[Path, dict], mode: str, year: str) -> dict[str, ScoredPart]:
-    """Find each part of the year in the newest file that holds it whole.
-
-    results: {file: its content}, oldest first
-    Raises UserError if a part was scored on sets of other counts alone.
+    Raises UserError for a run that has none, and for a checkpoint that does not belong to it.
     """
-    parts = {}
-    wrong = {}  # part: what is wrong with its count
-    for file, result in results.items():
-        if result["partial"] or mode not in result["modes"] or result["protocol"] != year:
-            continue
-        for task, scored in result["tasks"].items():
-            subsets = scored["subsets"]
-            part = part_name(scored["kind"], subsets)
-            if part not in YEARS[year].parts:
-                continue
-            n_items = sum(subset["items"] for subset in subsets.values())
-            if n_items == COUNTS[part]:
-                sha256 = scored["options_sha256"]
-                parts[part] = ScoredPart(file, result["task"], task, subsets, sha256)
-            else:  # such as the challenge's fast_eval, which may stand beside the whole set
-                wrong[part] = (
-                    f"{file}: {part} has {n_items:,} items where the challenge has "
-                    f"{COUNTS[part]:,}; score the challenge's whole set"
-                )
-
-    # a wrong count matters only where no file has the right one
-    for part, message in wrong.items():
-        if part not in parts:
-            raise UserError(message)
-    return parts
-
-
-# ------------------------------------------------------------------------------------ predictions
-
-
-def completion(part: str, year: str, option: tuple[str, int]) -> str:
-    """Return the string that stands for a chosen option in the challenge's files.
-
-    option: a text and the character where its scored target starts
-    """
-    text, start = option
-    if part in ("ewok", "entity_tracking"):
-        return text[start:]
+    paths = checkpoints(run)
+    require(paths, f"{run}: holds no checkpoint (step_*.pt of train.py)")
+    tokenizer = Tokenizer(run / "tokenizer.json")
     if year == "2024":
-        return f" {text}"  # that pipeline scores BLiMP's sentences after a space
-    return text
+        last, _ = read_checkpoint(paths[0], tokenizer)
+        return last, {}, tokenizer
+
+    marks = {}
+    print(f"{run}: reading {len(paths)} checkpoint(s)", flush=True)
+    for path in reversed(paths):
+        last, content = read_checkpoint(path, tokenizer)
+        words = content.get("words")
+        require(words is not None, f"{path}: does not say how many words it has seen (`words`)")
+        mark = reached_mark(words, words_per_step(content), TRACKS[track])
+        if mark is not None:
+            marks.setdefault(mark, last)
+    require(
+        marks,
+        f"{run}: has no checkpoint at 1M, 2M ... words, of which the challenge wants the scores; "
+        "train with --babylm_rules",
+    )
+    return last, marks, tokenizer
 
 
-def zero_shot(
-    name: str, part: ScoredPart, items: list[Item], mode: str, year: str
-) -> tuple[dict, int]:
-    """Return the predictions of a part by subset, and how many of its items were ties.
-
-    items: all items of part.source
-    Raises UserError if they are not those that were scored.
-    """
-    items = [item for item in items if item.task == part.task]
-    if fingerprint(items) != part.options_sha256:
-        raise UserError(
-            f"{part.file}: {part.source} no longer holds the items of {part.task} that were scored"
-        )
-    items_of = {}
-    for item in items:
-        items_of.setdefault(item.subset, []).append(item)
-
-    # scores stand in the order of the items, subset by subset
-    predictions = {}
-    n_ties = 0
-    for subset, result in part.subsets.items():
-        chosen = []
-        for item, scores in zip(items_of[subset], result["scores"][mode], strict=True):
-            best = max(scores)
-            if scores.count(best) > 1:
-                n_ties += 1
-            # the right option stands first and must not win a tie by its place: take the last
-            index = max(i for i, score in enumerate(scores) if score == best)
-            chosen.append(completion(name, year, item.options[index]))
-        label = subset_name(name, subset)
-        predictions[label] = numbered(label, chosen)
-    return predictions, n_ties
-
-
-def numbered(name: str, predictions: list) -> dict:
-    """Return predictions in the form of both pipelines, with an id for each."""
-    lines = [{"id": f"{name}_{i}", "pred": pred} for i, pred in enumerate(predictions)]
-    return {"predictions": lines}
-
-
-def glue(file: Path, tasks: dict, year: str) -> dict:
-    """Return the predictions of each GLUE task of the year that was fine-tuned, by its first seed.
-
-    Raises UserError if a task's predictions are not as many as the challenge has items.
-    """
-    predictions = {}
-    for task in YEARS[year].glue:
-        seeds = tasks.get(task, {"seeds": {}})["seeds"]
-        if not seeds:
-            continue
-        # a submission has room for one seed
-        labels = next(iter(seeds.values()))["predictions"]
-        if len(labels) != GLUE_COUNTS[task]:
-            raise UserError(
-                f"{file}: {task} has {len(labels):,} predictions where the challenge has "
-                f"{GLUE_COUNTS[task]:,}; fine-tune on the challenge's whole set, without a limit"
-            )
-        predictions[task] = numbered(task, labels)
-    return predictions
-
-
-# ------------------------------------------------------------------------ the format of each year
-
-
-def files_2024(out: Path, name: str, mode: str, parts: dict, tasks: dict) -> dict[Path, dict]:
-    """Return {file: content} of a submission: one file for all."""
-    return {out / f"{name}_textonly_predictions.json.gz": {"glue": tasks, **parts}}
-
-
-def files_2025(out: Path, name: str, mode: str, parts: dict, tasks: dict) -> dict[Path, dict]:
-    """Return {file: content} of a submission: a file for each part and each GLUE task."""
-    root = out / name / "main"
-    files = {}
-    for part, predictions in parts.items():
-        folder = root / "zero_shot" / BACKENDS[mode] / FOLDERS_2025[part]
-        files[folder / "predictions.json"] = predictions
-    for task, predictions in tasks.items():
-        files[root / "finetune" / task / "predictions.json"] = {task: predictions}
-    return files
+# ------------------------------------------------------------------------------------ what is to do
 
 
 @dataclass
-class Year:
-    """What the challenge of a year takes."""
+class Job:
+    """A call of eval.py or finetune.py, and the file in which it leaves its result.
 
-    parts: tuple[str, ...]  # scored by eval.py
-    glue: tuple[str, ...]  # tasks of finetune.py
-    files: Callable  # makes {path: content} of what is predicted
-    note: str = ""  # for the user
+    arguments: those of python; work: as in OpenSet
+    """
 
-
-YEARS = {
-    "2024": Year(
-        parts=("blimp", "blimp_supplement", "ewok"), glue=tuple(GLUE_COUNTS), files=files_2024
-    ),
-    "2025": Year(
-        parts=tuple(FOLDERS_2025),
-        glue=("boolq", "mnli", "mrpc", "multirc", "qqp", "rte", "wsc"),
-        files=files_2025,
-        note="wug_adj, wug_past, reading and aoa are scored by the official pipeline alone: "
-        "export the model for it",
-    ),
-}
+    label: str
+    arguments: list[str]
+    result: Path
+    work: float
 
 
-# ------------------------------------------------------------------------------------ the program
+def result_path(args: argparse.Namespace, name: str, *causes: str) -> Path:
+    """Return the file of a result; other causes, such as other weights, give another name.
+
+    A result of what a file was before is thus never taken for one of what it is now.
+    """
+    digest = hashlib.sha256("\n".join([*causes, args.dtype]).encode()).hexdigest()
+    return args.work / f"{name}_{digest[:12]}.json"
 
 
-def read_results(run: Path) -> tuple[int, dict[Path, dict]]:
-    """Return the last step that was scored, and {file: content} of its results, oldest first."""
-    files = [*run.glob("eval_*.json"), *run.glob("glue_*.json")]
-    if not files:
-        raise UserError(f"{run}: holds no result (eval_*.json, glue_*.json); run eval.py first")
-    # by age, so that newer files replace older ones
-    files.sort(key=lambda file: file.stat().st_mtime)
-    results = {file: read_result(file) for file in files}
-    newest = max(result["step"] for result in results.values())
-    return newest, {file: result for file, result in results.items() if result["step"] == newest}
+def eval_job(
+    label: str, checkpoint: Checkpoint, sets: list[OpenSet], args: argparse.Namespace
+) -> Job:
+    """Return the call of eval.py that scores a checkpoint on sets."""
+    name = f"{checkpoint.path.stem}_{label}_{args.mode}_{args.year}"
+    result = result_path(args, name, checkpoint.sha256, *(part.sha256 for part in sets))
+    arguments = ["eval.py", str(checkpoint.path.resolve()), "--out", str(result.resolve())]
+    arguments += ["--mode", args.mode, "--protocol", args.year]
+    arguments += ["--device", args.device, "--dtype", args.dtype]
+    arguments += ["--task", *(str(part.tasks.folder.resolve()) for part in sets)]
+    return Job(label, arguments, result, sum(part.work for part in sets))
 
 
-def write_files(files: dict[Path, dict]):
-    """Write each file as JSON, compressed if it is a .gz; raises UserError if one exists."""
-    # nothing is written unless all can be
-    for path in files:
-        if path.exists():
-            raise UserError(f"{path}: exists already; remove it or choose another --out")
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, ensure_ascii=False).encode()
-        if path.suffix == ".gz":
-            text = gzip.compress(text)
-        write_whole(path, methodcaller("write", text))
+def glue_job(task: str, checkpoint: Checkpoint, sets: Sets, args: argparse.Namespace) -> Job:
+    """Return the call of finetune.py that trains on a task."""
+    tasks = [task]
+    if task == "mnli" and "mnli-mm" in sets.glue:
+        tasks.append("mnli-mm")  # scored with the model of mnli
+    hashes = [sets.glue[name].sha256 for name in tasks]
+    name = f"{checkpoint.path.stem}_{task}_{args.year}"
+    result = result_path(args, name, checkpoint.sha256, *hashes)
+    arguments = ["finetune.py", str(checkpoint.path.resolve())]
+    arguments += [str(ROOT / config) for config in YEARS[args.year].glue_config]
+    arguments += [f"--data={sets.glue_folder.resolve()}", f"--out={result.resolve()}"]
+    arguments += [f"--device={args.device}", f"--dtype={args.dtype}", f"--tasks={','.join(tasks)}"]
+    return Job(task, arguments, result, sets.glue[task].work)
+
+
+@dataclass
+class Jobs:
+    """What is to do; the keys say of what the results are."""
+
+    full: dict[Set, Job]
+    glue: dict[str, Job]  # by task, but for mnli-mm
+    fast: dict[int, Job]  # by words seen; each on all fast sets and the words
+
+    def all(self) -> list[Job]:
+        return [*self.full.values(), *self.glue.values(), *self.fast.values()]
+
+
+def make_jobs(
+    sets: Sets, last: Checkpoint, marks: dict[int, Checkpoint], args: argparse.Namespace
+) -> Jobs:
+    """Return all calls that a submission needs."""
+    jobs = Jobs({}, {}, {})
+    for part, opened in sets.full.items():
+        jobs.full[part] = eval_job(part.folder, last, [opened], args)
+    for task in sets.glue:
+        if task != "mnli-mm":
+            jobs.glue[task] = glue_job(task, last, sets, args)
+
+    several = list(sets.fast.values())
+    if sets.words:
+        several.append(sets.words)
+    if several:
+        for mark, checkpoint in marks.items():
+            jobs.fast[mark] = eval_job(mark_name(mark), checkpoint, several, args)
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------ scoring
+
+
+def is_done(job: Job) -> bool:
+    """Whether a call has left its result; raises UserError for a file that is none."""
+    if not job.result.exists():
+        return False
+    read_result(job.result)
+    return True
+
+
+def run_jobs(jobs: list[Job]):
+    """Make the calls whose result is not there yet; raises UserError where one fails."""
+    to_do = [job for job in jobs if not is_done(job)]
+    n_done = len(jobs) - len(to_do)
+    print(f"{len(jobs)} calls of eval.py and finetune.py, of which {n_done} are done", flush=True)
+    work_done = 0.0
+    work_left = sum(job.work for job in to_do)
+    began = time.time()
+    for number, job in enumerate(to_do, start=1):
+        print(f"{number} of {len(to_do)}: {job.label}", flush=True)
+        log = job.result.with_suffix(".log")
+        message = call(job.arguments, log)
+        require(not message, f"{job.label}: {message} (all that it said: {log})")
+        work_done += job.work
+        work_left -= job.work
+        if number < len(to_do):
+            minutes = (time.time() - began) * work_left / work_done / 60
+            print(f"    about {minutes:.0f} min left in all", flush=True)
+
+
+def call(arguments: list[str], log: Path) -> str:
+    """Run a program, keep what it says in a log, and now and then show how far it is.
+
+    Returns "", or in a line why it failed.
+    """
+    last = "failed"
+    shown = time.time()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / arguments[0]), *arguments[1:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # or an error would come before earlier lines
+    )
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                last = line.strip() or last
+                if " s left" in line and time.time() - shown > SECONDS_BETWEEN_LINES:
+                    print(f"    {last}", flush=True)
+                    shown = time.time()
+        code = process.wait()
+    finally:
+        process.kill()  # where this program is stopped
+    if code < 0:
+        return f"was ended by signal {-code}"
+    return last if code else ""
+
+
+def collect(sets: Sets, jobs: Jobs, tokenizer: Tokenizer, args: argparse.Namespace) -> Scored:
+    """Read the results of all calls."""
+    scored = Scored(
+        name=args.name,
+        mode=args.mode,
+        year=args.year,
+        track=args.track,
+        full={},
+        fast={},
+        pairs=sets.pairs,
+        surprisals={},
+        age=None,
+        glue={},
+    )
+    for part, job in jobs.full.items():
+        scored.full[part] = (sets.full[part].tasks, read_result(job.result))
+    for mark, job in jobs.fast.items():
+        result = read_result(job.result)
+        scored.fast[mark] = {part: (opened.tasks, result) for part, opened in sets.fast.items()}
+        if sets.words:
+            scored.surprisals[mark] = np.array(result["human"]["aoa"]["surprisals"][args.mode])
+    for task in sets.glue:
+        result = read_result(jobs.glue[task.removesuffix("-mm")].result)
+        scored.glue[task] = next(iter(result["tasks"][task]["seeds"].values()))
+
+    if scored.surprisals and YEARS[args.year].scores_age:
+        print("fitting the age at which each word is learnt", flush=True)
+        n_tokens = {pair.word: aoa.count_tokens(pair.word, tokenizer) for pair in sets.pairs}
+        children = sets.read_children()
+        size = tokenizer.vocab_size
+        scored.age = aoa.score(sets.pairs, scored.surprisals, children, n_tokens, size)
+    return scored
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+def write_submission(scored: Scored, out: Path):
+    """Write the files of the year, each complete or as it was before."""
+    if scored.year == "2024":
+        content = json.dumps(submission_2024(scored), ensure_ascii=False).encode()
+        files = {f"{scored.name}_textonly_predictions.json.gz": gzip.compress(content, mtime=0)}
+    else:
+        # the one file comes last, so that it is there only with all others
+        tree = result_tree(scored)
+        contents = {f"{scored.name}/{path}": content for path, content in tree.items()}
+        path = f"{scored.name}/all_full_preds_and_fast_scores_{BACKENDS[scored.mode]}.json"
+        contents[path] = collate(scored, tree)
+        files = {path: json.dumps(content).encode() for path, content in contents.items()}
+    for path, raw in files.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out / path, methodcaller("write", raw))
+    print(f"{len(files)} file(s) written; hand in {out / path}")
+
+
+def print_scores(scored: Scored):
+    """Print the ages and, at the end, the leaderboard; of other years than 2026 all scores."""
+    scores = scores_by_key(scored)
+    if scored.age is not None:
+        print(f"\n{aoa.table(scored.age)}")
+    print()
+    if scored.year == "2026":
+        print(leaderboard(scored.name, scores))
+        print("reading and aoa are noise at 10M words: quote them apart, and with seeds")
+    else:
+        for key, value in scores.items():
+            print(f"{key:18}{value:7.1f}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m babylm.submit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="run folder with its checkpoints")
+    add("--mode", required=True, choices=BACKENDS, help="how the model is asked")
+    add(
+        "--data",
+        type=Path,
+        default=Path("evaluation_data"),
+        help="folder of the year's pipeline, with full_eval and fast_eval; default: %(default)s",
+    )
+    add("--out", type=Path, required=True, help="folder to write the submission into")
+    add("--year", default="2026", choices=YEARS, help="default: %(default)s")
+    add("--track", default="strict-small", choices=TRACKS, help="default: %(default)s")
+    add("--name", help="of the model; default: the run folder's")
+    add("--incomplete", action="store_true", help="write null for what is missing")
+    add("--device", default="auto", choices=DEVICES, help="default: %(default)s")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    args.name = args.name or args.run.resolve().name
+    args.work = args.run / "submission"
+    return args
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Do what the command line asks for; raises UserError and OSError."""
+    args = parse(argv)
+    # the pipelines cut a name at its last dot
+    ok = not {".", "/"} & set(args.name)
+    require(ok, f"--name {args.name}: holds a dot or a slash; choose one without")
+
+    # what is wrong or missing is said before hours are spent
+    last, marks, tokenizer = find_checkpoints(args.run, args.year, args.track)
+    sets = find_sets(args.data, args.year, args.mode)
+    missing = list(sets.missing)
+    if args.year != "2024":
+        missing += [mark_name(mark) for mark in TRACKS[args.track] if mark not in marks]
+    require(
+        args.incomplete or not missing,
+        f"missing: {', '.join(missing)}; add them, or write null for them with --incomplete",
     )
-    add = parser.add_argument
-    add("run", type=Path, help="run folder with the results of eval.py and finetune.py")
-    add("--year", required=True, choices=YEARS, help="format, and protocol of the scores")
-    add("--mode", required=True, choices=BACKENDS, help="which zero-shot scores to hand in")
-    add("--name", help="name of the model (default: the run folder's)")
-    add("--out", type=Path, required=True, help="folder to write into")
-    add("--incomplete", action="store_true", help="write what there is, though parts are missing")
-    args = parser.parse_args(argv)
-    year = YEARS[args.year]
-    name = args.name or args.run.resolve().name
-    if "." in name:
-        raise UserError(f"--name {name}: the pipelines cut it at its last dot; choose one without")
-
-    # what there is, of one checkpoint
-    step, results = read_results(args.run)
-    glue_file = args.run / f"glue_{step}.json"
-    tasks = glue(glue_file, results.get(glue_file, {"tasks": {}})["tasks"], args.year)
-    zero_shot_results = {file: result for file, result in results.items() if "modes" in result}
-    scored = find_parts(zero_shot_results, args.mode, args.year)
-
-    # what is missing
-    missing = [part for part in year.parts if part not in scored]
-    missing += [f"glue {task}" for task in year.glue if task not in tasks]
-    if missing and not args.incomplete:
-        raise UserError(
-            f"{args.run}: missing in {args.mode} mode, protocol {args.year}, at step {step}: "
-            f"{', '.join(missing)}; score them (eval.py --protocol {args.year}), or --incomplete"
-        )
-
-    # predictions in the year's order of parts
-    read_once = functools.cache(read_tasks)  # one folder may hold several parts
-    parts = {}
-    n_ties = 0
-    for part in year.parts:
-        if part in scored:
-            items = read_once(scored[part].source)
-            parts[part], ties = zero_shot(part, scored[part], items, args.mode, args.year)
-            n_ties += ties
-
-    files = year.files(args.out, name, args.mode, parts, tasks)
-    write_files(files)
-    print(*files, sep="\n")
-    n_subtasks = sum(len(predictions) for predictions in parts.values())
-    print(f"{n_subtasks} subtasks and {len(tasks)} GLUE tasks of step {step}, {n_ties} ties")
     if missing:
-        print(f"MISSING: {', '.join(missing)}")
-    if year.note:
-        print(year.note)
+        print(f"MISSING, null in the files: {', '.join(missing)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(exist_ok=True)
+
+    jobs = make_jobs(sets, last, marks, args)
+    run_jobs(jobs.all())
+    scored = collect(sets, jobs, tokenizer, args)
+    write_submission(scored, args.out)
+    print_scores(scored)
 
 
 if __name__ == "__main__":

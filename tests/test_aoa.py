@@ -13,8 +13,9 @@ import pytest
 import eval as evaluation
 from antlm.tokenizer import Tokenizer, save_tokenizer
 from babylm import aoa
+from babylm.challenge import TRACKS
+from babylm.protocols import PROTOCOLS
 from config import UserError
-from schedule import WORD_MARKS
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/eval/aoa"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the challenge's files are not here")
@@ -22,6 +23,7 @@ needs_scipy = pytest.mark.skipif(
     importlib.util.find_spec("scipy") is None, reason="optional: pip install scipy"
 )
 MONTHS = [str(month) for month in range(16, 31)]
+MARKS = TRACKS["strict-small"]  # words seen at the checkpoints
 
 
 def write_csv(path: Path, *rows: list) -> Path:
@@ -134,7 +136,7 @@ def test_the_targets_are_the_tokens_that_end_beyond_the_space(merges, target, tm
     save_tokenizer(tmp_path / "tokenizer.json", merges)
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     option = aoa.option(aoa.Pair("do", 0, "I"))
-    ids, first = evaluation.encode([option], tokenizer, "line", "2025", "causal")
+    ids, first = evaluation.encode([option], tokenizer, "line", PROTOCOLS["2026"], "causal")
     tokens = [tokenizer.bpe.decode_single_token_bytes(i) for i in ids[0][first[0] :].tolist()]
     assert tokens == target
     # the file's own count of a word's tokens has the space in any case, as in the pipeline
@@ -161,7 +163,7 @@ def test_the_targets_are_those_of_the_offsets_of_transformers(kind):
             if end > start:
                 targets.append(token)
         ids, first = evaluation.encode(
-            [(text, start)], run.tokenizer, run.boundary, "2025", "masked"
+            [(text, start)], run.tokenizer, run.boundary, PROTOCOLS["2026"], "masked"
         )
         assert ids[0].tolist() == encoded.input_ids
         assert ids[0][first[0] :].tolist() == targets
@@ -179,7 +181,7 @@ def curve(x: np.ndarray, a: float, b: float, c: float, d: float) -> np.ndarray:
     return np.array([a / (1 + math.exp(-b * (value - c))) + d for value in x])
 
 
-MILLIONS = np.array([math.log10(words) for words in WORD_MARKS])
+MILLIONS = np.array([math.log10(words) for words in MARKS])
 
 
 @needs_scipy
@@ -229,7 +231,7 @@ def test_children_have_no_age_outside_the_months(shares):
 )
 def test_a_model_knows_a_word_halfway_from_chance_to_its_least_surprisal(n_tokens, height):
     surprisals = 2 * math.log(1024) - curve(MILLIONS, 9, 6, 7, 0)
-    age = aoa.age_of_model(WORD_MARKS, surprisals, n_tokens, 1024)
+    age = aoa.age_of_model(MARKS, surprisals, n_tokens, 1024)
     assert age == pytest.approx(7 - math.log(1 / height - 1) / 6, abs=1e-4)
 
 
@@ -237,10 +239,10 @@ def test_a_model_knows_a_word_halfway_from_chance_to_its_least_surprisal(n_token
 @pytest.mark.parametrize(
     "words_seen, surprisals",
     [
-        (WORD_MARKS, 13.9 + curve(MILLIONS, 3, 6, 7, 0)),  # rises
-        (WORD_MARKS, np.full(19, 20.0)),  # stays
-        (WORD_MARKS, 3 - curve(MILLIONS, 2, 6, 7, 0)),  # begins below
-        (WORD_MARKS[:2], np.array([9.0, 2.0])),  # two checkpoints are no curve
+        (MARKS, 13.9 + curve(MILLIONS, 3, 6, 7, 0)),  # rises
+        (MARKS, np.full(19, 20.0)),  # stays
+        (MARKS, 3 - curve(MILLIONS, 2, 6, 7, 0)),  # begins below
+        (MARKS[:2], np.array([9.0, 2.0])),  # two checkpoints are no curve
     ],
     ids=["rises", "stays", "begins below", "two checkpoints"],
 )
@@ -273,7 +275,7 @@ def made_case(model_ages: dict[str, float], child_ages: dict[str, float]):
             columns.append(surprisal - 2 * number)
     for word, age in child_ages.items():
         children[word] = curve(aoa.MONTHS, 1, 0.5, age, 0)
-    surprisals = dict(zip(WORD_MARKS, np.stack(columns, axis=1), strict=True))
+    surprisals = dict(zip(MARKS, np.stack(columns, axis=1), strict=True))
     return pairs, surprisals, children, dict.fromkeys(model_ages, 1), 1024
 
 
@@ -289,7 +291,7 @@ def test_words_learnt_in_the_order_of_children_correlate_fully():
     assert result.r == result.raw_r == pytest.approx(1, abs=0.01)
     assert result.p_value < 0.01
     assert result.n_words == 4
-    assert result.words_seen == WORD_MARKS
+    assert result.words_seen == MARKS
     assert list(result.curves) == ["ball", "dog", "moon", "zebra", "owie"]
     assert result.curves["owie"].child_age is None
     assert result.curves["moon"].child_age == pytest.approx(23, abs=1e-3)
@@ -336,7 +338,7 @@ def bumpy_case():
             middle = 6.6 + 0.1 * number + 0.03 * (number * 7 % 10)
             fall = curve(MILLIONS, 5 + number % 3, 4, middle, 0)
             columns.append(np.round(7 * (1 + number % 2) - fall + bumps, 3))
-    surprisals = dict(zip(WORD_MARKS, np.stack(columns, axis=1), strict=True))
+    surprisals = dict(zip(MARKS, np.stack(columns, axis=1), strict=True))
     n_tokens = {word: 1 + number % 2 for number, word in enumerate(words)}
     return pairs, surprisals, children, n_tokens, 1024
 

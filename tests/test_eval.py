@@ -1,8 +1,10 @@
 """Scores against a plain reference, task files, results: python -m pytest tests/test_eval.py"""
 
+import csv
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,15 +19,17 @@ import eval as evaluation
 import prepare
 from antlm.checkpoint import save_checkpoint
 from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer, train_bpe
-from babylm.results import read_result, summarize, write_result
-from babylm.tasks import KINDS, Item, fingerprint, read_tasks
+from babylm import aoa, results
+from babylm.protocols import PROTOCOLS
+from babylm.results import read_result, spearman, summarize, write_result
+from babylm.tasks import BLIMP, WUG, Choice, Item, fingerprint, read_tasks
 from config import UserError
 from data import OBJECTIVES
 from eval import MODES
 from model import BACKBONES, ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
-BLIMP = ROOT.parent / "shared" / "data" / "eval" / "blimp_filtered"
+BLIMP_FILES = ROOT.parent / "shared" / "data" / "eval" / "blimp_filtered"
 TEXT = """The cats sleep in the garden and the dog sees them.
 Zoë said the naïve café owner sleeps in Ærøskøbing.
 Who have those men revealed they helped? The girl who sees the cats sleeps.
@@ -54,8 +58,9 @@ OPTIONS = SENTENCES + COMPLETIONS
 
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 each_mode = pytest.mark.parametrize("mode", MODES)
+each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)
 needs_blimp = pytest.mark.skipif(
-    not BLIMP.is_dir(), reason="needs BLiMP as filtered for BabyLM beside the repository"
+    not BLIMP_FILES.is_dir(), reason="needs BLiMP as filtered for BabyLM beside the repository"
 )
 
 
@@ -90,11 +95,12 @@ def make_run(tmp_path, folder, tokenizer):
     run.mkdir()
     (run / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
 
-    def make(model=None, step=10, schedule="1_CLM+1_MLM") -> Path:
+    def make(model=None, step=10, schedule="1_CLM+1_MLM", words=None) -> Path:
         save_checkpoint(
             run / f"step_{step:07}.pt",
             model or make_model("babyllama"),
             step=step,
+            words=words,
             settings=dict(schedule=schedule, block_size=16),
             boundary="line",
             tokenizer_sha256=tokenizer.sha256,
@@ -127,19 +133,25 @@ def error(*args) -> str:
     return str(raised.value)
 
 
-def score(model, options, tokenizer, mode, protocol="2025", **settings) -> np.ndarray:
-    ids, first = evaluation.encode(options, tokenizer, "line", protocol, mode)
-    mean = protocol == "2024" and mode != "causal"
-    settings |= {"mean": mean, "skip_start": protocol == "2024"}
-    return evaluation.score(model, ids, first, mode, [""] * len(ids), **settings)
+def score(model, options, tokenizer, mode, protocol="2026", **settings) -> np.ndarray:
+    """The summed scores of options; where the protocol has it so, the mean over their tokens."""
+    year = PROTOCOLS[protocol]
+    ids, first = evaluation.encode(options, tokenizer, "line", year, mode)
+    settings |= {"names": [""] * len(ids), "skip_start": year.skip_start}
+    totals, n_targets = evaluation.score(model, ids, first, mode, **settings)
+    if year.masked_mean and mode != "causal":
+        return totals / n_targets
+    return totals
 
 
 # -------------------------------------------------------------------------------- scores of options
 
 
 @torch.no_grad()
-def reference(model, tokenizer, text: str, start: int, mode: str, protocol: str = "2025") -> float:
-    """The score by its definition: one forward pass of one row for each token."""
+def token_scores(
+    model, tokenizer, text: str, start: int, mode: str, protocol: str = "2026"
+) -> list[float]:
+    """The scores of the target's tokens by their definition: one pass of one row for each."""
     if protocol == "2024" and start == 0:
         text = " " + text
     pieces = tokenizer.encode(text)
@@ -165,6 +177,11 @@ def reference(model, tokenizer, text: str, start: int, mode: str, protocol: str 
             position = i - 1 if mode == "mntp" else i
             logits = model(torch.tensor([row]), causal=False)[0, position]
         values.append(logits.double().log_softmax(-1)[ids[i]].item())
+    return values
+
+
+def reference(model, tokenizer, text: str, start: int, mode: str, protocol: str = "2026") -> float:
+    values = token_scores(model, tokenizer, text, start, mode, protocol)
     if protocol == "2024" and mode != "causal":
         return sum(values) / len(values)
     return sum(values)
@@ -176,7 +193,7 @@ def test_every_mode_of_an_objective_can_be_asked():
 
 @each_backbone
 @each_mode
-@pytest.mark.parametrize("protocol", ["2025", "2024"])
+@each_protocol
 def test_scores_equal_a_plain_reference(tokenizer, backbone, mode, protocol):
     model = make_model(backbone)
     options = OPTIONS
@@ -197,8 +214,8 @@ def test_scores_equal_a_plain_reference(tokenizer, backbone, mode, protocol):
 def test_scores_of_real_pairs_equal_a_plain_reference(tokenizer, backbone, mode):
     model = make_model(backbone)
     options = []
-    for file in sorted(BLIMP.glob("*.jsonl"))[::12]:
-        options += read_tasks(file, limit=1)[0].options
+    for file in sorted(BLIMP_FILES.glob("*.jsonl"))[::12]:
+        options += read(file, limit=1)[0].choice.options
     expected = [reference(model, tokenizer, *option, mode) for option in options]
     assert score(model, options, tokenizer, mode) == pytest.approx(expected, abs=1e-4)
 
@@ -234,7 +251,7 @@ def test_bfloat16_is_close_and_its_softmax_in_float32(tokenizer):
 def test_a_text_longer_than_the_model_takes_is_named(tokenizer, mode):
     model = make_model("babyllama")
     model.max_tokens = 8
-    ids, first = evaluation.encode(SENTENCES, tokenizer, "line", "2025", mode)
+    ids, first = evaluation.encode(SENTENCES, tokenizer, "line", PROTOCOLS["2026"], mode)
     names = [f"here:{number}" for number in range(len(ids))]
     too_long = next(name for name, row in zip(names, ids, strict=True) if len(row) > 8)
     with pytest.raises(UserError, match=rf"^{too_long}: \d+ tokens, .* 8$"):
@@ -242,37 +259,37 @@ def test_a_text_longer_than_the_model_takes_is_named(tokenizer, mode):
 
 
 @each_mode
-@pytest.mark.parametrize("protocol", ["2025", "2024"])
+@each_protocol
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_the_masked_modes_of_2024_alone_leave_out_the_start_token(
     tokenizer, boundary, protocol, mode
 ):
     """Where each newline is a start token, a text of newlines alone has nothing to score."""
     model = make_model("babyllama")
-    ids, first = evaluation.encode([("The dog\n\n", 7)], tokenizer, boundary, protocol, mode)
+    year = PROTOCOLS[protocol]
+    ids, first = evaluation.encode([("The dog\n\n", 7)], tokenizer, boundary, year, mode)
     assert len(ids[0]) - first[0] == 2
-    arguments = {"names": ["here:7"], "skip_start": protocol == "2024"}
+    arguments = {"names": ["here:7"], "skip_start": year.skip_start}
     if protocol == "2024" and mode != "causal" and boundary != "document":
         with pytest.raises(UserError, match=f"here:7.*{mode}"):
             evaluation.score(model, ids, first, mode, **arguments)
         return
-    scores = evaluation.score(model, ids, first, mode, **arguments)
-    means = evaluation.score(model, ids, first, mode, **arguments, mean=True)
-    assert scores[0] < 0
-    assert means == pytest.approx(scores / 2)
+    totals, n_targets = evaluation.score(model, ids, first, mode, **arguments)
+    assert totals[0] < 0
+    assert n_targets.tolist() == [2]
 
 
 # ------------------------------------------------------------------------------ where targets start
 
 
 def test_targets_start_where_hugging_face_offsets_say(folder, tokenizer):
-    """The 2025 pipeline scores the tokens whose end, in characters, lies beyond the context."""
+    """The pipelines from 2025 on score the tokens that end, in characters, beyond the context."""
     tokenizers = pytest.importorskip("tokenizers")
     hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     options = []
     for text, _ in OPTIONS:
         options += [(text, start) for start in range(1, len(text))]
-    ids, first = evaluation.encode(options, tokenizer, "none", "2025", "causal")
+    ids, first = evaluation.encode(options, tokenizer, "none", PROTOCOLS["2026"], "causal")
     for (text, start), row, index in zip(options, ids, first, strict=True):
         encoded = hf.encode(text)
         assert encoded.ids[1:] == row[1:].tolist()
@@ -298,12 +315,12 @@ ODD = [
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("protocol", ["2025", "2024"])
+@each_protocol
 def test_the_tokens_of_odd_texts_are_the_text_and_the_target_its_end(tokenizer, boundary, protocol):
     newline = tokenizer.encode("\n")[0]
     options = [(odd, 0) for odd in ODD]
     options += [(f"The cats {odd}", len("The cats ")) for odd in ODD]
-    ids, first = evaluation.encode(options, tokenizer, boundary, protocol, "masked")
+    ids, first = evaluation.encode(options, tokenizer, boundary, PROTOCOLS[protocol], "masked")
     for (text, start), row, index in zip(options, ids, first, strict=True):
         if protocol == "2024" and start == 0:
             text = " " + text
@@ -329,51 +346,154 @@ def test_sentences_of_one_token_are_scored(tokenizer):
 # --------------------------------------------------------------------------------------- task files
 
 
-def test_each_kind_of_task_is_read(tmp_path):
-    root = tmp_path / "tasks"
-    write_lines(
-        root / "blimp" / "a.jsonl",
+def read(path: Path, protocol: str = "2026", limit: int = 0) -> list[Item]:
+    return read_tasks([str(path)], PROTOCOLS[protocol].kinds, limit).items
+
+
+EWOK = dict(Context1="Él vio.", Context2="No.", Target1="Sí.", Target2="Ya.", Domain="social")
+ENTITY = dict(input_prefix="Box 0 has ", options=["a", "b", "c"], numops=2)
+COMPS = dict(prefix_acceptable="a sock", prefix_unacceptable="a tie", property_phrase="is warm.")
+PIQA = dict(prompt="To sit,", solution0="run.", solution1="use a chair.", label=1, example_id="x7")
+WUGS = dict(sentences="wug. wugness\twug. wuggity", ratio=0.25)
+
+# protocols, a file, a line of it, and the choice that they make of it
+KIND_CASES = [
+    (
+        ("2026", "2025", "2024"),
+        "blimp/a.jsonl",
         dict(sentence_good="G.", sentence_bad="B.", linguistics_term="term"),
-    )
-    write_lines(
-        root / "supplement" / "b.jsonl", dict(sentence_good="A: x\nB: y", sentence_bad="A: x\nB: z")
-    )
-    write_lines(
-        root / "ewok" / "c.jsonl",
-        dict(Context1="Él vio.", Context2="No.", Target1="Sí.", Target2="Ya.", Domain="social"),
-    )
-    write_lines(
-        root / "entity" / "regular.jsonl",
-        dict(input_prefix="Box 0 has ", options=["a", "b", "c"], numops=2),
-    )
-    write_lines(
-        root / "comps" / "base.jsonl",
-        dict(prefix_acceptable="a sock", prefix_unacceptable="a tie", property_phrase="is warm."),
-    )
-    items = read_tasks(root)
-    assert {item.kind for item in items} == set(KINDS)
-    assert [(item.task, item.group, item.subset, item.options) for item in items] == [
-        ("blimp", "term", "a", [("G.", 0), ("B.", 0)]),
-        ("comps", "", "base", [("a sock is warm.", 7), ("a tie is warm.", 6)]),
-        ("entity", "regular", "regular_2_ops", [(f"Box 0 has {x}", 10) for x in "abc"]),
-        ("ewok", "", "social", [("Él vio. Sí.", 7), ("Él vio. Ya.", 7)]),
-        ("supplement", "", "b", [("A: x\nB: y", 0), ("A: x\nB: z", 0)]),
-    ]
+        Choice("term", "a", [("G.", 0), ("B.", 0)]),
+    ),
+    (
+        ("2026", "2025", "2024"),
+        "supplement/b.jsonl",
+        dict(sentence_good="A: x\nB: y", sentence_bad="A: x\nB: z"),
+        Choice("", "b", [("A: x\nB: y", 0), ("A: x\nB: z", 0)]),
+    ),
+    (("2026",), "ewok/c.jsonl", EWOK, Choice("", "social", [("Él vio. Sí.", 7), ("No. Sí.", 3)])),
+    (
+        ("2025", "2024"),
+        "ewok/c.jsonl",
+        EWOK,
+        Choice("", "social", [("Él vio. Sí.", 7), ("Él vio. Ya.", 7)]),
+    ),
+    (
+        ("2026", "2025"),
+        "entity/regular.jsonl",
+        ENTITY,
+        Choice(
+            "regular",
+            "regular_2_ops",
+            [("Box 0 has a", 10), ("Box 0 has b", 10), ("Box 0 has c", 10)],
+        ),
+    ),
+    (
+        ("2025",),
+        "entity/regular.jsonl",
+        ENTITY | {"options": ["a.", "nothing."]},
+        Choice("regular", "regular_2_ops", [("Box 0 has a.", 10), ("Box 0 has nothing.", 10)]),
+    ),
+    (
+        ("2026", "2025"),
+        "comps/comps_base.jsonl",
+        COMPS,
+        Choice("", "comps_base", [("a sock is warm.", 7), ("a tie is warm.", 6)]),
+    ),
+    (
+        ("2026",),
+        "global_piqa_nonparallel/eng_latn.jsonl",
+        PIQA,
+        Choice(
+            "",
+            "global_piqa_nonparallel",
+            [("To sit, run.", 7), ("To sit, use a chair.", 7)],
+            right=1,
+            id="x7",
+        ),
+    ),
+    (
+        ("2026",),
+        "global_piqa_parallel/eng_latn.jsonl",
+        PIQA | dict(solution2="é.", solution3="fly.", label=2),
+        Choice(
+            "",
+            "global_piqa_parallel",
+            [
+                ("To sit, run.", 7),
+                ("To sit, use a chair.", 7),
+                ("To sit, é.", 7),
+                ("To sit, fly.", 7),
+            ],
+            right=2,
+            id="x7",
+        ),
+    ),
+    (
+        ("2025",),
+        "wug_adj/wug.jsonl",
+        WUGS,
+        Choice("", "wug", [("wug. wugness", 0), ("wug. wuggity", 0)], ratio=0.25),
+    ),
+]
+
+
+@each_protocol
+def test_each_kind_of_task_is_read(tmp_path, protocol):
+    kinds = set()
+    for protocols, name, record, choice in KIND_CASES:
+        if protocol in protocols:
+            path = write_lines(tmp_path / name, record)
+            (item,) = read(path.parent, protocol)
+            assert item.choice == choice
+            assert item.task == path.parent.name
+            kinds.add(item.kind)
+    assert kinds == set(PROTOCOLS[protocol].kinds)
+
+
+@pytest.mark.parametrize(
+    "protocol, record",
+    [
+        ("2026", WUGS),
+        ("2025", PIQA),
+        ("2024", ENTITY),
+        ("2024", COMPS),
+        ("2024", PIQA),
+        ("2024", WUGS),
+    ],
+)
+def test_a_set_that_a_year_does_not_have_is_refused(tmp_path, protocol, record):
+    path = write_lines(tmp_path / "t.jsonl", record)
+    with pytest.raises(UserError, match="t.jsonl: .* this year of the challenge does not have"):
+        read(path, protocol)
+
+
+def test_lines_in_which_an_option_says_nothing_are_left_out_in_2026(tmp_path):
+    records = []
+    for options in (["a", "b"], ["the nothing", "b"], ["a", "nothing."], ["c", "Nothing"]):
+        records.append(ENTITY | {"options": options})
+    path = write_lines(tmp_path / "regular.jsonl", *records)
+    assert [item.source for item in read(path)] == [f"{path}:1", f"{path}:4"]
+    assert len(read(path, "2025")) == 4
+    # a limit is one of items, not of lines
+    assert [item.source for item in read(path, limit=2)] == [f"{path}:1", f"{path}:4"]
+    write_lines(path, records[1])
+    with pytest.raises(UserError, match="regular.jsonl: .*leaves out every line"):
+        read(path)
 
 
 def test_lines_may_be_blank_and_end_in_crlf_and_a_limit_counts_the_others(tmp_path):
     line = b'{"sentence_good": "G.", "sentence_bad": "B."}'
     (tmp_path / "x.jsonl").write_bytes(b"\n" + line + b"\r\n\r\n" + line + b"\n" + line)
-    items = read_tasks(tmp_path, limit=2)
+    items = read(tmp_path, limit=2)
     assert [item.source for item in items] == [f"{tmp_path}/x.jsonl:2", f"{tmp_path}/x.jsonl:4"]
 
 
 @pytest.mark.parametrize("newline", [b"\r", b"\r\n", b"\r\r\n"], ids=repr)
 def test_lines_end_as_on_any_system(tmp_path, newline):
     path = write_pairs(tmp_path / "x.jsonl")
-    items = read_tasks(path)
+    items = read(path)
     path.write_bytes(path.read_bytes().replace(b"\n", newline))
-    assert fingerprint(read_tasks(path)) == fingerprint(items)
+    assert fingerprint(read(path)) == fingerprint(items)
 
 
 def test_hidden_copies_are_left_out_and_linked_folders_read_once(tmp_path, capsys):
@@ -388,8 +508,8 @@ def test_hidden_copies_are_left_out_and_linked_folders_read_once(tmp_path, capsy
     (root / "supplement").symlink_to(elsewhere)
     (root / "again").symlink_to("blimp")
     (root / "a.jsonl.gz").touch()
-    items = read_tasks(root)
-    assert sorted({(item.task, item.subset) for item in items}) == [
+    items = read(root)
+    assert sorted({(item.task, item.choice.subset) for item in items}) == [
         ("blimp", "a"),
         ("supplement", "b"),
     ]
@@ -400,18 +520,79 @@ def test_hidden_copies_are_left_out_and_linked_folders_read_once(tmp_path, capsy
     )
 
 
+def test_several_paths_are_read_as_one_and_none_twice(tmp_path):
+    kinds = PROTOCOLS["2026"].kinds
+    first = write_pairs(tmp_path / "one" / "blimp" / "a.jsonl")
+    second = write_pairs(tmp_path / "two" / "supplement" / "b.jsonl")
+    other = write_pairs(tmp_path / "two" / "blimp" / "a.jsonl")
+    tasks = read_tasks([str(first.parent), str(second.parent)], kinds)
+    assert {item.task for item in tasks.items} == {"blimp", "supplement"}
+    assert tasks.folder == first.parent
+
+    # two tasks of one name would be averaged as one
+    for twice in (other.parent, first.parent):
+        with pytest.raises(UserError, match=f"{twice}: .*has the task blimp"):
+            read_tasks([str(first.parent), str(twice)], kinds)
+    # a folder above both tells them apart by their paths
+    names = {item.task for item in read(tmp_path)}
+    assert names == {"one/blimp", "two/blimp", "two/supplement"}
+
+
+def test_kinds_in_one_folder_are_not_averaged_with_each_other(tmp_path):
+    write_pairs(tmp_path / "mixed" / "a.jsonl", PAIRS[:2])
+    write_lines(tmp_path / "mixed" / "b.jsonl", COMPS)
+    write_pairs(tmp_path / "pure" / "a.jsonl", PAIRS[:1])
+    tasks = [item.task for item in read(tmp_path)]
+    assert tasks == ["mixed/blimp", "mixed/blimp", "mixed/comps", "pure"]
+
+
+def test_the_same_reading_times_in_two_folders_are_scored_once(tmp_path):
+    for folder in ("fast_eval", "full_eval"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "reading_data.csv").write_text("item,word\n")
+    tasks = read_tasks([str(tmp_path)], ())
+    assert tasks.reading == tmp_path / "fast_eval" / "reading_data.csv"
+    (tmp_path / "full_eval" / "reading_data.csv").write_text("item,words\n")
+    with pytest.raises(UserError, match="fast_eval/reading_data.csv and .* differ"):
+        read_tasks([str(tmp_path)], ())
+
+
 @needs_blimp
 @pytest.mark.slow
 def test_the_real_blimp_is_read():
-    items = read_tasks(BLIMP)
+    items = read(BLIMP_FILES)
     assert len(items) == 59_875
-    assert len({item.subset for item in items}) == 67
-    assert len({item.group for item in items}) == 13
-    assert sum(item.options[0] == item.options[1] for item in items) == 7
+    choices = [item.choice for item in items]
+    assert len({choice.subset for choice in choices}) == 67
+    assert len({choice.group for choice in choices}) == 13
+    assert sum(choice.options[0] == choice.options[1] for choice in choices) == 7
     result = summarize(items, {mode: [[0.0, -1.0]] * len(items) for mode in MODES})
     assert result["accuracy"]["causal"] == 100
-    table = evaluation.table("blimp_filtered", result, list(MODES))
+    table = results.table("blimp_filtered", result, list(MODES))
     assert max(map(len, table.splitlines())) <= 100
+
+
+DATA = ROOT.parent / "shared" / "data" / "eval"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder, protocol, items, chance",
+    [
+        ("entity_tracking", "2026", 517 + 409 + 405 + 425 + 388 + 94, 20),
+        ("entity_tracking", "2025", 3152, 20),
+        ("global_piqa_nonparallel", "2026", 100, 50),
+        ("wug_adj_nominalization", "2025", 200, 0),
+    ],
+)
+def test_the_real_sets_of_other_years_are_read(folder, protocol, items, chance):
+    if not (DATA / folder).is_dir():
+        pytest.skip("needs the challenge's files beside the repository")
+    tasks = read(DATA / folder, protocol)
+    assert len(tasks) == items
+    # a model that scores all alike
+    scores = [[0.0] * len(item.choice.options) for item in tasks]
+    assert summarize(tasks, {"causal": scores})["accuracy"]["causal"] == pytest.approx(chance)
 
 
 BAD_FILES = {
@@ -433,28 +614,45 @@ BAD_FILES = {
     b'{"input_prefix": "x", "options": ["a", "b"], "numops": "1"}': "must be a whole number",
     b'{"question": "x"}': "sentence_good, Target1, input_prefix, prefix_acceptable",
 }
+BAD_RECORDS = [
+    ("2026", PIQA | {"label": 2}, "'label' must be the number of one of the solutions, not '2'"),
+    ("2026", PIQA | {"label": -1}, "'label' must be the number of one of the solutions"),
+    ("2026", PIQA | {"label": True}, "'label' must be the number of one of the solutions"),
+    ("2026", PIQA | {"solution2": None}, "'solution2' must be text, not 'None'"),
+    ("2026", PIQA | {"example_id": 7}, "'example_id' must be text, not '7'"),
+    ("2026", {"solution0": "a", "solution1": "b"}, "'prompt' is missing"),
+    ("2025", WUGS | {"ratio": 1.5}, "'ratio' must be a number from 0 to 1, not '1.5'"),
+    ("2025", WUGS | {"ratio": float("nan")}, "'ratio' must be a number from 0 to 1, not 'nan'"),
+    ("2025", WUGS | {"ratio": None}, "'ratio' must be a number from 0 to 1"),
+    ("2025", {"sentences": "a\tb"}, "'ratio' is missing"),
+    ("2025", WUGS | {"sentences": "a b"}, "'sentences' must be two texts with a tab between"),
+    ("2025", WUGS | {"sentences": "a\t "}, "'sentences' must be two texts with a tab between"),
+    ("2025", WUGS | {"sentences": "a\tb\tc"}, "'sentences' must be two texts with a tab between"),
+]
 
 
 @pytest.mark.parametrize("content", BAD_FILES, ids=lambda content: repr(content[:40]))
 def test_a_bad_task_file_ends_in_one_line(tmp_path, content):
     (tmp_path / "t.jsonl").write_bytes(content)
     with pytest.raises(UserError) as raised:
-        read_tasks(tmp_path / "t.jsonl")
+        read(tmp_path / "t.jsonl")
     assert BAD_FILES[content] in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_task_that_2024_did_not_have_is_refused(tmp_path):
-    record = dict(prefix_acceptable="a", prefix_unacceptable="b", property_phrase="c")
-    path = write_lines(tmp_path / "c.jsonl", record)
-    with pytest.raises(UserError, match="2024 had no comps"):
-        read_tasks(path, protocol="2024")
+@pytest.mark.parametrize("protocol, record, message", BAD_RECORDS)
+def test_a_bad_line_is_named_with_its_field(tmp_path, protocol, record, message):
+    path = write_lines(tmp_path / "t.jsonl", record)
+    with pytest.raises(UserError) as raised:
+        read(path, protocol)
+    assert str(raised.value).startswith(f"{path}:1: the field {message}")
+    assert "\n" not in str(raised.value)
 
 
 def test_the_fingerprint_is_that_of_the_texts(tmp_path):
-    one = read_tasks(write_pairs(tmp_path / "one.jsonl"))
-    same = read_tasks(write_pairs(tmp_path / "two.jsonl", linguistics_term="verbs"))
-    other = read_tasks(write_pairs(tmp_path / "three.jsonl", PAIRS[1:]))
+    one = read(write_pairs(tmp_path / "one.jsonl"))
+    same = read(write_pairs(tmp_path / "two.jsonl", linguistics_term="verbs"))
+    other = read(write_pairs(tmp_path / "three.jsonl", PAIRS[1:]))
     assert fingerprint(one) == fingerprint(same)
     assert fingerprint(one) != fingerprint(other)
 
@@ -462,8 +660,8 @@ def test_the_fingerprint_is_that_of_the_texts(tmp_path):
 # ------------------------------------------------------------------------------ points and averages
 
 
-def item(group: str, subset: str, n_options: int = 2) -> Item:
-    return Item("here:1", "task", "blimp", group, subset, [("x", 0)] * n_options)
+def item(group: str, subset: str, n_options: int = 2, right: int = 0) -> Item:
+    return Item("here:1", "task", BLIMP, Choice(group, subset, [("x", 0)] * n_options, right))
 
 
 def test_ties_share_the_point_and_means_are_unweighted():
@@ -486,6 +684,45 @@ def test_a_tie_between_wrong_options_earns_nothing():
     assert result["ties"]["masked"] == 0
 
 
+def test_the_right_option_need_not_be_the_first():
+    items = [item("", "a", 4, right=2)] * 4
+    scores = [[-2, -2, -1, -2], [-1, -2, -3, -4], [-5, -1, -1, -5], [-1, -1, -2, -2]]
+    result = summarize(items, {"causal": scores})
+    assert result["accuracy"]["causal"] == pytest.approx(100 * 1.5 / 4)
+    assert result["ties"]["causal"] == 1
+
+
+def wug_items(ratios: list[float]) -> list[Item]:
+    items = []
+    for ratio in ratios:
+        items.append(Item("here:1", "wug", WUG, Choice("", "wug", [("x", 0)] * 2, ratio=ratio)))
+    return items
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_wug_is_the_rank_correlation_that_scipy_computes(seed):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seed)
+    # few values, so that many tie
+    scores = rng.integers(-20, -10, (30, 2)).astype(float)
+    ratios = rng.integers(0, 5, 30) / 4
+    preference = np.exp(scores[:, 0]) / np.exp(scores).sum(axis=1)
+    expected = stats.spearmanr(np.round(preference, 9), ratios).statistic
+    result = summarize(wug_items(ratios.tolist()), {"causal": scores.tolist()})
+    assert result["accuracy"]["causal"] == pytest.approx(100 * expected, abs=1e-9)
+    assert result["ties"]["causal"] == 0
+
+
+def test_wug_by_hand():
+    # the model prefers the first forms by 3, 1 and 2, people by ranks 3, 1.5 and 1.5
+    scores = [[-1.0, -4.0], [-2.0, -3.0], [-900.0, -902.0]]
+    # ranks 3, 1, 2 and 3, 1.5, 1.5: covariance 1.5 of variances 2 and 1.5
+    assert spearman(scores, [0.9, 0.5, 0.5]) == pytest.approx(1.5 / math.sqrt(2 * 1.5))
+    # neither side may prefer all alike
+    assert spearman(scores, [0.5, 0.5, 0.5]) == 0
+    assert spearman([[-1.0, -2.0]] * 3, [0.1, 0.2, 0.3]) == 0
+
+
 def test_a_subset_whose_lines_name_several_groups_keeps_all_its_items():
     items = [item("g2", "x"), item("g1", "x"), item("g2", "x")]
     result = summarize(items, {"causal": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]})
@@ -497,9 +734,297 @@ def test_a_subset_whose_lines_name_several_groups_keeps_all_its_items():
 def test_a_group_that_is_its_only_subset_has_one_line():
     items = [item("verbs", "verbs"), item("nouns", "singular"), item("nouns", "plural")]
     result = summarize(items, {"causal": [[1.0, 0.0]] * 3})
-    lines = evaluation.table("task", result, ["causal"]).splitlines()
+    lines = results.table("task", result, ["causal"]).splitlines()
     labels = [line[:20].rstrip() for line in lines if not line.startswith("-")]
     assert labels == ["task", "nouns", "  plural", "  singular", "verbs", "macro average of 3"]
+
+
+# ------------------------------------------------------------------ every kind, from file to result
+
+
+def write_year(root: Path, protocol: str) -> None:
+    """Write the files of KIND_CASES that a year has, each with a second line."""
+    for protocols, name, record, _ in KIND_CASES:
+        if protocol in protocols:
+            second = dict(record)
+            for field in ("sentence_bad", "Context2", "property_phrase", "prompt", "sentences"):
+                if field in second:
+                    second[field] += " é."
+            if "options" in second:
+                second["options"] = ["dogs", "the dog", "Köln"]
+            if "label" in second:
+                second["label"] = 0
+            if "ratio" in second:
+                second["ratio"] = 0.75
+            write_lines(root / name, record, second)
+
+
+def choice_score(model, tokenizer, item: Item, option: tuple, mode: str, protocol: str) -> float:
+    values = token_scores(model, tokenizer, *option, mode, protocol)
+    if "solution0" in item.kind.fields or (protocol == "2024" and mode != "causal"):
+        return sum(values) / len(values)
+    return sum(values)
+
+
+@each_protocol
+def test_the_scores_of_every_kind_equal_a_plain_reference(tmp_path, make_run, tokenizer, protocol):
+    model = make_model("babyllama")
+    root = tmp_path / "full_eval"
+    write_year(root, protocol)
+    flags = ["--protocol", protocol, "--mode", *MODES, "--out", tmp_path / "out.json"]
+    main(make_run(model), "--task", root, *flags)
+    result = read_result(tmp_path / "out.json")
+
+    items = read(root, protocol)
+    assert set(result["tasks"]) == {item.task for item in items}
+    for mode in MODES:
+        expected = {}
+        for item in items:
+            scores = []
+            for option in item.choice.options:
+                scores.append(choice_score(model, tokenizer, item, option, mode, protocol))
+            expected.setdefault((item.task, item.choice.subset), []).append(scores)
+        for (task, subset), scores in expected.items():
+            entry = result["tasks"][task]["subsets"][subset]
+            assert len(entry["scores"][mode]) == len(scores)
+            for got, want in zip(entry["scores"][mode], scores, strict=True):
+                assert got == pytest.approx(want, abs=1e-4), (task, mode)
+
+
+def test_an_option_counts_by_the_mean_over_its_tokens_in_global_piqa(tmp_path, make_run):
+    """The sum would prefer the short one."""
+    record = PIQA | {"solution0": "a", "solution1": "a the the the the the", "label": 1}
+    path = write_lines(tmp_path / "piqa" / "eng_latn.jsonl", record)
+    main(make_run(), "--task", path.parent, "--mode", *MODES, "--out", tmp_path / "out.json")
+    result = read_result(tmp_path / "out.json")["tasks"]["piqa"]
+    for mode in MODES:
+        (scores,) = result["subsets"]["global_piqa_nonparallel"]["scores"][mode]
+        right = scores[1] > scores[0]
+        assert result["accuracy"][mode] == 100 * right
+
+
+# ------------------------------------------------------------------- tasks that compare with people
+
+
+READING_COLUMNS = ("item", "word", "prev_item", "prev_word", "length", "context_length")
+READING_COLUMNS += ("prev_length", "Subtlex_log10", "RTfirstfix", "RTfirstpass", "RTgopast")
+READING_COLUMNS += ("RTrightbound", "self_paced_reading_time")
+SENTENCE = "The cats sleep in the garden and the dog sees them ."
+OTHER = "Zoë said the naïve café owner sleeps in Ærøskøbing ."
+
+
+def write_reading(folder: Path) -> tuple[Path, list[dict]]:
+    """Write reading times of 22 words, the first of each sentence without one before it."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for sentence in (SENTENCE, OTHER):
+        words = sentence.split()
+        for i, word in enumerate(words):
+            row = {"item": " ".join(words[:i]), "word": word, "length": len(word)}
+            row |= {"context_length": i, "prev_item": "", "prev_word": "", "prev_length": -1}
+            if i > 0:
+                row["prev_word"] = words[i - 1]
+                row["prev_length"] = len(words[i - 1])
+            if i > 1:
+                row["prev_item"] = " ".join(words[: i - 1])
+            for name in READING_COLUMNS[7:]:
+                row[name] = round(float(rng.normal(200, 40)), 2)
+            rows.append(row)
+    rows[3]["RTgopast"] = ""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "reading_data.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, READING_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path, rows
+
+
+@torch.no_grad()
+def word_surprisal(model, tokenizer, text: str, word: str, mode: str) -> float:
+    """The chain rule over the word's tokens, as evaluation_pipeline/reading asks."""
+    surprisal = 0.0
+    for number, token in enumerate(tokenizer.encode(word)):
+        spelling = tokenizer.decode([token])
+        if number > 0:
+            token = tokenizer.encode(spelling)[0]
+        ids = [START, *tokenizer.encode(text)]
+        if mode == "causal":
+            logits = model(torch.tensor([ids]), causal=True)[0, -1]
+        else:
+            position = len(ids) if mode == "masked" else len(ids) - 1
+            logits = model(torch.tensor([[*ids, MASK, MASK, MASK]]), causal=False)[0, position]
+        surprisal -= logits.double().log_softmax(-1)[token].item()
+        text += spelling
+    return surprisal
+
+
+def explained(rows: list[dict], time: str, names: list[str], extra: list[str]) -> float:
+    """R squared of a regression on these columns, all products of two, and further columns."""
+    rows = [row for row in rows if all(row[name] not in ("", None) for name in [time, *names])]
+    design = []
+    for row in rows:
+        terms = [1.0, *(row[name] for name in names)]
+        terms += [row[a] * row[b] for a, b in itertools.combinations(names, 2)]
+        design.append([*terms, *(row[name] for name in extra)])
+    times = np.array([row[time] for row in rows], dtype=float)
+    fit = np.linalg.lstsq(np.array(design, dtype=float), times, rcond=None)[0]
+    errors = times - np.array(design, dtype=float) @ fit
+    return 1 - errors.var() / times.var()
+
+
+def gain(rows: list[dict], time: str, names: list[str]) -> float:
+    base = explained(rows, time, names, [])
+    return (explained(rows, time, names, ["pred"]) - base) / (1 - base)
+
+
+def test_reading_equals_a_plain_computation(tmp_path, make_run, tokenizer, capsys):
+    model = make_model("ltg_bert")
+    path, rows = write_reading(tmp_path / "reading")
+    main(make_run(model), "--task", path.parent, "--mode", *MODES)
+    printed = capsys.readouterr().out
+    result = read_result(tmp_path / "run" / f"eval_reading_10_{'_'.join(MODES)}.json")
+    assert result["tasks"] == {}
+    entry = result["human"]["reading"]
+    assert entry["items"] == len(rows) == 22
+    for mode in MODES:
+        for row in rows:
+            # an item that is empty is the text None, and a word without one before it has none
+            text = row["item"] or "None"
+            row["pred"] = word_surprisal(model, tokenizer, text, row["word"], mode)
+            row["prev_pred"] = None
+            if row["prev_item"]:
+                before = (row["prev_item"], row["prev_word"])
+                row["prev_pred"] = word_surprisal(model, tokenizer, *before, mode)
+        assert entry["pred"][mode] == pytest.approx([row["pred"] for row in rows], abs=1e-4)
+        expected = [math.nan if row["prev_pred"] is None else row["prev_pred"] for row in rows]
+        assert entry["prev_pred"][mode] == pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+        names = ["Subtlex_log10", "length", "context_length"]
+        eyes = [gain(rows, name, names) for name in READING_COLUMNS[8:12]]
+        assert entry["scores"][mode]["rt"] == pytest.approx(sum(eyes) / 4, abs=1e-3)
+        spr = gain(rows, "self_paced_reading_time", [*names, "prev_length", "prev_pred"])
+        assert entry["scores"][mode]["spr"] == pytest.approx(spr, abs=1e-3)
+        line = f"reading, {mode}: 22 words, .*self-paced reading ([-.0-9]+)%, eye tracking"
+        assert float(re.search(line, printed)[1]) == pytest.approx(100 * spr, abs=0.1)
+
+
+CONTEXTS = {
+    "dog": [{"context": "The cats sleep and the"}, {"context": " Zoë sees the "}],
+    "x": [{"context": "a word of one letter is left out"}],
+    "garden": [{"context": "the dog sleeps in the"}],
+    "owner": [{"context": "the naïve café"}, {"context": "The"}],
+    "cats": [],
+}
+
+
+def write_words(folder: Path, with_children: bool = True) -> Path:
+    """Write words in context, and how many children of each age say them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cdi_childes.json"
+    path.write_text(json.dumps(CONTEXTS), encoding="utf-8")
+    lines = ["word," + ",".join(map(str, range(16, 31)))]
+    for number, word in enumerate(CONTEXTS):
+        shares = [1 / (1 + math.exp(18 + 2 * number - month)) for month in range(16, 31)]
+        lines.append(word + "," + ",".join(f"{share:.4f}" for share in shares))
+    if with_children:
+        (folder / "cdi_human.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+PAIRS_OF_WORDS = [
+    ("The cats sleep and the dog", 23),
+    ("Zoë sees the dog", 13),
+    ("the dog sleeps in the garden", 22),
+    ("the naïve café owner", 15),
+    ("The owner", 4),
+]
+
+
+def test_words_in_context_equal_a_plain_computation(tmp_path, make_run, tokenizer, capsys):
+    model = make_model("babyllama")
+    path = write_words(tmp_path / "aoa", with_children=False)
+    main(make_run(model), "--task", path, "--mode", *MODES, "--out", tmp_path / "out.json")
+    entry = read_result(tmp_path / "out.json")["human"]["aoa"]
+    assert entry["items"] == len(PAIRS_OF_WORDS)
+    for mode in MODES:
+        expected = [-reference(model, tokenizer, *option, mode) for option in PAIRS_OF_WORDS]
+        assert entry["surprisals"][mode] == pytest.approx(expected, abs=1e-4)
+    mean = sum(entry["surprisals"]["causal"]) / len(PAIRS_OF_WORDS)
+    printed = capsys.readouterr().out
+    assert f"age of acquisition, causal: 5 words in context, {mean:.2f} nats each" in printed
+    assert "noise at 10M words" in printed
+
+
+MARKS = {5: 1_000_000, 20: 3_000_000, 30: 9_000_000, 100: 27_000_000}  # step: words
+# how much more likely than other tokens those of a word are, at each checkpoint
+LOGITS = {"dog": (0.3, 1.5, 3, 3.4), "garden": (0.1, 0.4, 2, 3.8), "owner": (0.1, 0.3, 0.9, 2.4)}
+
+
+def make_checkpoints(make_run, tokenizer) -> Path:
+    """A run folder of four checkpoints, which learn one word after the other."""
+    for number, (step, n_words) in enumerate(MARKS.items()):
+        model = make_model("ltg_bert")
+        with torch.no_grad():
+            model.embedding.tokens.weight.zero_()  # which is the output matrix, too
+            model.head.vocab.bias.zero_()
+            for word, logits in LOGITS.items():
+                model.head.vocab.bias[tokenizer.encode(f" {word}")] = logits[number]
+        run = make_run(model, step=step, words=n_words)
+    return run
+
+
+@pytest.mark.slow  # the fits of scipy take seconds
+def test_all_checkpoints_are_scored_from_the_oldest_on_and_ages_come_last(
+    tmp_path, make_run, tokenizer, capsys
+):
+    pytest.importorskip("scipy", reason="optional: pip install scipy")
+    run = make_checkpoints(make_run, tokenizer)
+    pairs = write_pairs(tmp_path / "tasks" / "blimp" / "a.jsonl")
+    words = write_words(tmp_path / "tasks" / "aoa")
+    main(run, "--task", pairs.parents[1], "--checkpoints", "--mode", "causal", "masked")
+    printed = capsys.readouterr().out
+    steps = [int(step) for step in re.findall(r"^\S+step_\d+\.pt: step (\d+)", printed, re.M)]
+    assert steps == list(MARKS)
+
+    surprisals = {}
+    for step, seen in MARKS.items():
+        result = read_result(run / f"eval_tasks_{step}_causal_masked.json")
+        assert result["step"] == step
+        assert result["words"] == seen
+        assert result["tasks"]["blimp"]["items"] == len(PAIRS)
+        surprisals[seen] = result["human"]["aoa"]["surprisals"]
+    # the tables of ages are those of these surprisals
+    after = printed.rpartition("every option's score:")[2]
+    pairs = aoa.read_contexts(words)
+    children = aoa.read_children(words.parent / "cdi_human.csv")
+    n_tokens = {pair.word: aoa.count_tokens(pair.word, tokenizer) for pair in pairs}
+    for mode in ("causal", "masked"):
+        values = {seen: np.array(by_mode[mode]) for seen, by_mode in surprisals.items()}
+        score = aoa.score(pairs, values, children, n_tokens, tokenizer.vocab_size)
+        assert f"\n\n{mode}, {aoa.table(score)}\n" in after
+        assert score.n_words == 3
+        assert score.raw_r > 0.9, "the words are learnt in the order of children"
+    assert "PARTIAL" not in printed
+
+    # a quick look
+    main(run, "--task", words.parent, "--checkpoints", "--mode", "causal", "--limit", 2)
+    printed = capsys.readouterr().out
+    assert printed.endswith("PARTIAL: only the first 2 words in context\n")
+    result = read_result(run / "eval_aoa_100_causal_limit2.json")
+    assert len(result["human"]["aoa"]["surprisals"]["causal"]) == 2
+
+
+def test_a_part_of_the_reading_times_has_no_score(tmp_path, make_run, capsys):
+    path, _ = write_reading(tmp_path / "reading")
+    main(make_run(), "--task", path, "--mode", "causal", "--limit", 3)
+    result = read_result(tmp_path / "run" / "eval_reading_data.csv_10_causal_limit3.json")
+    assert result["partial"] is True
+    assert len(result["human"]["reading"]["pred"]["causal"]) == 3
+    assert result["human"]["reading"]["scores"] == {}
+    printed = capsys.readouterr().out
+    assert re.search(r"reading, causal: 3 words, [\d.]+ nats each\n", printed)
+    assert "PARTIAL: only the first 3 items of each file" in printed
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -509,9 +1034,10 @@ def test_result_file_and_table(tmp_path, make_run, capsys):
     root = tmp_path / "all"
     write_pairs(root / "blimp" / "verbs.jsonl", PAIRS[:2], linguistics_term="agreement")
     write_pairs(root / "blimp" / "order.jsonl", PAIRS[4:], linguistics_term="syntax")
+    contexts = [context for context, _ in CHOICES]
     ewok = []
-    for context, (good, bad) in CHOICES:
-        record = dict(Context1=context, Context2="No.", Domain="social")
+    for (context, (good, bad)), other in zip(CHOICES, contexts[::-1], strict=True):
+        record = dict(Context1=context, Context2=other, Domain="social")
         ewok.append(record | dict(Target1=good.strip(), Target2=bad.strip()))
     write_lines(root / "ewok" / "social.jsonl", *ewok)
     write_lines(root / "glue" / "rte.jsonl", {"sentence1": "x", "label": 0})
@@ -525,7 +1051,9 @@ def test_result_file_and_table(tmp_path, make_run, capsys):
     assert result["step"] == 1234
     assert result["schedule"] == "1_CLM+1_MLM"
     assert result["modes"] == ["causal", "masked"]
-    assert result["protocol"] == "2025"
+    assert result["protocol"] == "2026"
+    assert result["task"] == [str(root)]
+    assert result["human"] == {}
     assert result["limit"] == 0
     assert result["partial"] is False
     assert result["checkpoint"].endswith("step_0001234.pt")
@@ -554,7 +1082,7 @@ def test_the_result_is_on_disk_before_anything_is_printed(tmp_path, make_run, mo
     def closed_terminal(*args):
         raise BrokenPipeError
 
-    monkeypatch.setattr(evaluation, "table", closed_terminal)
+    monkeypatch.setattr(evaluation, "report", closed_terminal)
     with pytest.raises(BrokenPipeError):
         main(make_run(), "--task", write_pairs(tmp_path / "x.jsonl"))
     assert read_result(tmp_path / "run" / "eval_x_10.json")["tasks"]["x"]["items"] == len(PAIRS)
@@ -576,6 +1104,15 @@ def test_a_partial_result_says_so_and_keeps_the_full_one(tmp_path, make_run, cap
     scores = part["tasks"]["x"]["subsets"]["x"]["scores"]["causal"]
     all_scores = json.loads(full)["tasks"]["x"]["subsets"]["x"]["scores"]["causal"]
     assert np.array(scores) == pytest.approx(np.array(all_scores[:2]))
+
+
+def test_the_tasks_stand_in_the_name_of_a_result(tmp_path, make_run):
+    first = write_pairs(tmp_path / "one" / "a.jsonl")
+    second = write_pairs(tmp_path / "two" / "b.jsonl", PAIRS[:2])
+    main(make_run(), "--task", first.parent, second)
+    result = read_result(tmp_path / "run" / "eval_one_b_10.json")
+    items = {task: entry["items"] for task, entry in result["tasks"].items()}
+    assert items == {"one": len(PAIRS), "b": 2}
 
 
 def test_modes_and_protocol_stand_in_the_name_of_a_result(tmp_path, make_run, tokenizer):
@@ -626,12 +1163,40 @@ def test_texts_longer_than_a_training_row_are_scored_whole(
         assert scores[0][0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_identical_sentences_tie_in_every_mode(tmp_path, make_run):
+OFFICIAL = {
+    "2026": "the official code draws one of the best",
+    "2025": "the official code takes the first option, which is the right one",
+    "2024": "the official code takes the first option, which is the right one",
+}
+
+
+@each_protocol
+def test_identical_sentences_tie_in_every_mode_and_the_official_treatment_is_said(
+    tmp_path, make_run, capsys, protocol
+):
     task = write_pairs(tmp_path / "x.jsonl", [("The cats sleep.", "The cats sleep.")] * 3)
-    main(make_run(), "--task", task, "--mode", *MODES, "--out", tmp_path / "out.json")
+    flags = ["--mode", *MODES, "--protocol", protocol, "--out", tmp_path / "out.json"]
+    main(make_run(), "--task", task, *flags)
     result = read_result(tmp_path / "out.json")["tasks"]["x"]
     assert result["accuracy"] == {mode: 50 for mode in MODES}
     assert result["ties"] == {mode: 3 for mode in MODES}
+    printed = capsys.readouterr().out
+    assert f"items that tie: 3 causal, 3 masked, 3 mntp; {OFFICIAL[protocol]}" in printed
+    # nor is anything said where nothing ties
+    write_pairs(task, [("The cats sleep.", "The dog sees them.")])
+    main(make_run(), "--task", task, *flags)
+    assert "official" not in capsys.readouterr().out
+
+
+def test_wug_has_no_ties_and_its_number_is_explained(tmp_path, make_run, capsys):
+    same = WUGS | {"sentences": "The dog.\tThe dog."}
+    task = write_lines(tmp_path / "wug_past.jsonl", same, WUGS, WUGS | {"ratio": 0.5})
+    main(make_run(), "--task", task, "--protocol", "2025", "--out", tmp_path / "out.json")
+    result = read_result(tmp_path / "out.json")["tasks"]["wug_past"]
+    assert result["ties"] == {"causal": 0, "masked": 0}
+    printed = capsys.readouterr().out
+    assert "wug: 100 times the rank correlation with people" in printed
+    assert "items that tie" not in printed
 
 
 @each_mode
@@ -662,10 +1227,61 @@ def test_wrong_use_ends_in_one_line(tmp_path, make_run):
     task = write_pairs(tmp_path / "x.jsonl")
     (tmp_path / "nothing").mkdir()
     assert "does not exist" in error(run, "--task", tmp_path / "no.jsonl")
-    assert "holds no .jsonl file" in error(run, "--task", tmp_path / "nothing")
+    assert "holds no .jsonl, reading_data.csv" in error(run, "--task", tmp_path / "nothing")
     assert "--limit -1" in error(run, "--task", task, "--limit", "-1")
     assert "--out" in error(run, "--task", task, "--out", tmp_path / "no" / "x.json")
     assert "no whole checkpoint" in error(tmp_path / "nothing", "--task", task)
+    every = ["--task", task, "--checkpoints"]
+    assert "holds no checkpoint" in error(tmp_path / "nothing", *every)
+    assert "holds no checkpoint" in error(run / "step_0000010.pt", *every)
+    assert "--out names one file" in error(run, *every, "--out", tmp_path / "x.json")
+
+
+def test_a_fault_of_the_tasks_that_compare_with_people_ends_in_one_line(tmp_path, make_run):
+    run = make_run()
+    folder = tmp_path / "full_eval"
+    path, _ = write_reading(folder / "reading")
+    words = write_words(folder / "aoa", with_children=False)
+    assert "the challenge of 2024 does not have it" in error(
+        run, "--task", folder, "--protocol", "2024"
+    )
+    # the checkpoint does not know how far it has read
+    every = ["--task", words.parent, "--checkpoints"]
+    assert "cdi_human.csv: does not exist" in error(run, *every)
+    write_words(folder / "aoa")
+    assert "does not say how many words it has seen" in error(run, *every)
+    children = words.parent / "cdi_human.csv"
+    children.write_text(children.read_text().replace("word,16", "word,15"))
+    assert "cdi_human.csv: the first line lacks the column 16" in error(run, *every)
+
+    words.write_text(json.dumps(CONTEXTS | {"dog": None}))
+    assert "cdi_childes.json: 'dog' needs a list of its contexts" in error(run, "--task", folder)
+    words.write_text(json.dumps({"cats": []}))
+    assert "cdi_childes.json: has no word with a context" in error(run, "--task", folder)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("self_paced_reading_time", "time"), encoding="utf-8")
+    assert "lacks the column self_paced_reading_time" in error(run, "--task", folder)
+    lines = text.splitlines()
+    lines[1] = lines[1].replace(",3,0,", ",nan,0,")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert f"{path}:2: length must be a number, not 'nan'" in error(run, "--task", folder)
+    assert not list(run.glob("eval_*"))
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path, make_run):
+    run = make_run()
+    save_tokenizer(run / "tokenizer.json", [])
+    line = error(run, "--task", write_pairs(tmp_path / "x.jsonl"))
+    assert "tokenizer.json: not the one that step_0000010.pt was trained with" in line
+
+
+def test_a_result_that_was_half_written_is_named(tmp_path, make_run):
+    run = make_run()
+    main(run, "--task", write_pairs(tmp_path / "x.jsonl"))
+    path = run / "eval_x_10.json"
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match="eval_x_10.json: not a result file .*; remove it$"):
+        read_result(path)
 
 
 def test_a_task_must_be_named(make_run):

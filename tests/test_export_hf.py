@@ -52,6 +52,7 @@ from antlm.tokenizer import (
     tokenizer_json,
     train_bpe,
 )
+from babylm.protocols import PROTOCOLS
 from config import UserError
 from sample import generate
 from train import Settings
@@ -465,7 +466,7 @@ def check_encodings(hf_tokenizer, tokenizer: Tokenizer, boundary: str, texts: li
             beyond = [index for index, (_, end) in enumerate(offsets) if end > start]
             options.append((text, start))
             expected.append(beyond[0])
-    first = evaluation.encode(options, tokenizer, boundary, "2025", "masked")[1]
+    first = evaluation.encode(options, tokenizer, boundary, PROTOCOLS["2025"], "masked")[1]
     assert first.tolist() == expected
 
 
@@ -649,8 +650,9 @@ def test_scores_are_those_of_the_pipeline_of_2025(kind, mode):
     expected = [
         score_of_2025(kind, mode, hf_tokenizer, text, text[start:]) for text, start in DIALOGUES
     ]
-    ids, first = evaluation.encode(DIALOGUES, run.tokenizer, run.boundary, "2025", mode)
-    scores = evaluation.score(run.model, ids, first, mode, [""] * len(ids))
+    year = PROTOCOLS["2025"]
+    ids, first = evaluation.encode(DIALOGUES, run.tokenizer, run.boundary, year, mode)
+    scores, _ = evaluation.score(run.model, ids, first, mode, [""] * len(ids))
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
@@ -669,10 +671,14 @@ def test_masked_scores_of_2024_leave_out_the_cls_token(kind, mode):
         scored = [i for i in range(len(ids)) if ids[i] not in left_out]
         values = [hidden_log_prob(kind, mode, ids, i) for i in scored]
         expected.append(sum(values) / len(values))
-    ids, first = evaluation.encode(options, run.tokenizer, run.boundary, "2024", mode)
+    year = PROTOCOLS["2024"]
+    ids, first = evaluation.encode(options, run.tokenizer, run.boundary, year, mode)
     names = [""] * len(ids)
-    scores = evaluation.score(run.model, ids, first, mode, names, mean=True, skip_start=True)
-    assert scores == pytest.approx(expected, abs=1e-4)
+    totals, n_scored = evaluation.score(
+        run.model, ids, first, mode, names, skip_start=year.skip_start
+    )
+    assert year.masked_mean
+    assert totals / n_scored == pytest.approx(expected, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------- checkpoints

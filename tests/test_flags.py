@@ -7,10 +7,12 @@ As in test_settings.py, a flag without a row fails, and so does a row without a 
 of experiment.py, a dataclass, are here as well.
 """
 
+import gzip
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +25,7 @@ import grammar
 import numpy as np
 import plot
 import pytest
+import small_challenge
 import torch
 from trials import (
     BFLOAT16,
@@ -64,6 +67,11 @@ def step_scored(run: Trial) -> int:
     return read_result(run)["step"]
 
 
+def steps_scored(run: Trial) -> list[int]:
+    """The steps of all checkpoints scored, in their order."""
+    return [int(step) for step in re.findall(r"\.pt: step (\d+) of", run.printed)]
+
+
 def tasks_scored(run: Trial) -> list[str]:
     return list(read_result(run)["tasks"])
 
@@ -99,7 +107,21 @@ def items_scored(run: Trial) -> int:
 EVAL_ROWS = [
     Row("run", {"@run": 6, "@run/step_0000003.pt": 3}, step_scored),
     Row("run", ("@run", "@run/step_0000003.pt", "@other_run"), scores),
-    Row("task", {"@pairs": ["pairs"], "@other_pairs": ["other_pairs"]}, tasks_scored),
+    Row(
+        "checkpoints",
+        {False: [6], True: [1, 2, 3, 4, 5, 6]},
+        steps_scored,
+        dict(run="@scored_run", out=None),
+    ),
+    Row(
+        "task",
+        {
+            "@pairs": ["pairs"],
+            "@other_pairs": ["other_pairs"],
+            ("@pairs", "@other_pairs"): ["pairs", "other_pairs"],
+        },
+        tasks_scored,
+    ),
     Row("task", ("@pairs", "@other_pairs"), scores),
     Row(
         "mode",
@@ -107,7 +129,7 @@ EVAL_ROWS = [
         questions,
     ),
     Row("mode", (("causal",), ("masked",), ("mntp",)), scores),
-    Row("protocol", {"2025": False, "2024": True}, begins_with_space),
+    Row("protocol", {"2026": False, "2025": False, "2024": True}, begins_with_space),
     Row("limit", {0: 5, 2: 2}, items_scored),
     Row("out", {"@out/result.json": ["result.json"], "@out/b.json": ["b.json"]}, files),
     Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
@@ -609,47 +631,78 @@ IMPORT = Program(
 # --------------------------------------------------------------------------------- babylm/submit.py
 
 
-def first_prediction(run: Trial) -> str:
-    (path,) = run.folder.rglob("predictions.json")
-    content = json.loads(path.read_text())
-    return content["hypernym"]["predictions"][0]["pred"]
+def call_submit(arguments: list[str]):
+    """Call submit.py with a small challenge, in this process and without earlier results."""
+    for run in arguments[:1]:
+        shutil.rmtree(Path(run) / "submission", ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        small_challenge.make_small(patch)
+        patch.setattr(submit, "call", small_challenge.call_here)
+        as_program(submit.main, arguments)
 
 
-SUBMITTED = "sent/mine/main/zero_shot/{}/blimp/supplement_filtered/predictions.json"
+def submitted(run: Trial) -> dict:
+    """The one file that is handed in."""
+    paths = [*run.folder.rglob("all_full_preds*.json"), *run.folder.rglob("*.json.gz")]
+    (path,) = paths
+    raw = path.read_bytes()
+    return json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+
+
+def surprisals(run: Trial) -> list[float]:
+    return [line["surprisal"] for line in submitted(run)["aoa_surprisals"]["results"]]
+
+
+def backends(run: Trial) -> set[str]:
+    """The names of the folders of a mode."""
+    return {path.name for path in run.folder.glob("sent/mine/*/zero_shot/*")}
+
+
+def verbs(run: Trial) -> set[str]:
+    """The third word of each sentence that was chosen."""
+    chosen = []
+    for subset in submitted(run)["blimp_supplement"].values():
+        chosen += [line["pred"].split()[2] for line in subset["predictions"]]
+    return set(chosen)
+
+
+def keys_of_ages(run: Trial) -> list[str]:
+    return [key for key in submitted(run) if key.startswith("aoa")]
+
+
+def n_marks(run: Trial) -> int:
+    return len(submitted(run)["fast_eval_results"]["blimp_supplement"])
+
+
+def models_sent(run: Trial) -> list[str]:
+    return [path.name for path in (run.folder / "sent").iterdir()]
+
 
 SUBMIT_ROWS = [
-    Row("run", {"@scored": "Good 0.", "@other_scored": "Bad 0."}, first_prediction),
-    Row(
-        "year",
-        {"2025": [SUBMITTED.format("causal")], "2024": ["sent/mine_textonly_predictions.json.gz"]},
-        files,
-    ),
-    Row("mode", {"causal": "Good 0.", "masked": "Bad 0."}, first_prediction),
-    Row(
-        "mode", {"causal": [SUBMITTED.format("causal")], "masked": [SUBMITTED.format("mlm")]}, files
-    ),
-    Row(
-        "name",
-        {
-            "mine": [SUBMITTED.format("causal")],
-            None: [SUBMITTED.format("causal").replace("mine", "scored")],
-        },
-        files,
-    ),
-    Row(
-        "out",
-        {
-            "@out/sent": [SUBMITTED.format("causal")],
-            "@out/other": [SUBMITTED.format("causal").replace("sent", "other")],
-        },
-        files,
-    ),
+    Row("run", ("@marks", "@other_marks"), surprisals),
+    Row("mode", {"causal": {"causal"}, "masked": {"mlm"}, "mntp": {"mntp"}}, backends),
+    Row("mode", ("causal", "masked", "mntp"), surprisals),
+    Row("data", {"@challenge": {"sees."}, "@other_challenge": {"hears."}}, verbs),
+    Row("out", {"@out/sent": ["sent"], "@out/other": ["other"]}, folders),
+    Row("year", {"2026": ["aoa_surprisals", "aoa"], "2025": ["aoa"], "2024": []}, keys_of_ages),
+    Row("track", {"strict-small": 3, "strict": 4}, n_marks),
+    Row("name", {"mine": ["mine"], None: ["marks"]}, models_sent),
     Row("incomplete", {False: True, True: False}, is_refused),
+    Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
+    Row("dtype", {"float32": (set(), FLOAT32[1]), "bfloat16": (set(), BFLOAT16[1])}, dtypes),
 ]
 
 SUBMIT = Program(
-    partial(as_program, submit.main),
-    dict(run="@scored", year="2025", mode="causal", name="mine", out="@out/sent", incomplete=True),
+    call_submit,
+    dict(
+        run="@marks",
+        mode="causal",
+        data="@challenge",
+        out="@out/sent",
+        name="mine",
+        incomplete=True,
+        device="cpu",
+    ),
     SUBMIT_ROWS,
     positional=("run",),
 )

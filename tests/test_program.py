@@ -26,7 +26,6 @@ from antlm.distributed import find_compiler, missing_for_compile
 from antlm.files import new_folder, write_json
 from antlm.program import STOP_SIGNALS, clean_exit
 from antlm.tokenizer import Tokenizer
-from babylm.results import write_result
 from model import Transformer
 from train import Settings
 
@@ -248,8 +247,9 @@ CALLS = {
         "prepared/meta.json",
     ),
     "babylm/submit.py": Call(
-        "{place}/scored --year 2025 --mode causal --incomplete --out {place}/submission",
-        "submission/scored/main/finetune/rte/predictions.json",
+        "{place}/run --year 2024 --mode causal --incomplete --data {place}/evaluation "
+        "--out {place}/submission",
+        "submission/run_textonly_predictions.json.gz",
     ),
     "tools/bench.py": Call(
         "{place}/Zoë.py --scoring {place}/Zoë.jsonl --modes causal --rounds 1 --threads 1", ""
@@ -302,8 +302,12 @@ def make_run(folder: Path, corpus: Path, vocab_size: int = 600, **sizes):
     (folder / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
 
 
+def rte_lines(n: int) -> list[dict]:
+    return [{"sentence1": "Zoë.", "sentence2": "A dog.", "label": i % 2} for i in range(n)]
+
+
 def write_lines(path: Path, records: list[dict]):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -321,13 +325,11 @@ def place(tmp_path, corpus) -> Path:
     pair = {"sentence_good": "Zoë sleeps.", "sentence_bad": "Zoë sleep."}
     write_lines(place / "Zoë.jsonl", [pair] * 3)
     for split in ("train", "valid"):
-        records = [{"sentence1": "Zoë.", "sentence2": "A dog.", "label": i % 2} for i in range(8)]
-        write_lines(place / "glue" / f"rte.{split}.jsonl", records)
+        write_lines(place / "glue" / f"rte.{split}.jsonl", rte_lines(8))
 
-    # a result that can be handed in: the challenge has 139 items of RTE
-    (place / "scored").mkdir()
-    tasks = {"rte": {"seeds": {"12": {"predictions": [0] * 139}}}}
-    write_result(place / "scored" / "glue_10.json", {"step": 10, "tasks": tasks})
+    # what can be handed in: the challenge has 139 items of RTE
+    write_lines(place / "evaluation" / "glue_filtered" / "rte.train.jsonl", rte_lines(8))
+    write_lines(place / "evaluation" / "glue_filtered" / "rte.valid.jsonl", rte_lines(139))
 
     # settings of a small model, and an experiment that has made nothing yet
     lines = [f"{name} = {value}" for name, value in small.items()]
@@ -367,8 +369,9 @@ def test_names_that_the_output_cannot_show_cost_no_result(path, place, request):
     assert list(place.glob(CALLS[path].result or "*"))
 
 
-# train.py and finetune.py print as they go, and save as they go
-PRINT_LAST = [path for path in CALLS if CALLS[path].result and path[:4] not in ("trai", "fine")]
+# these print as they go, and save as they go
+PRINT_AS_THEY_GO = ("train.py", "finetune.py", "babylm/submit.py")
+PRINT_LAST = [path for path in CALLS if CALLS[path].result and path not in PRINT_AS_THEY_GO]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import small_challenge
 import torch
 from conftest import train_here
 from test_finetune import write_glue, write_records
@@ -29,9 +31,6 @@ import config
 import prepare
 from antlm.checkpoint import checkpoints, save_checkpoint
 from antlm.tokenizer import Tokenizer
-from babylm import submit
-from babylm.results import write_result
-from babylm.tasks import fingerprint, read_tasks
 from config import UserError
 from model import ModelConfig, Transformer
 
@@ -335,27 +334,18 @@ def make_pairs(lab: Lab, path: Path, seed: int = 5):
     write_records(path / "order.jsonl", records)
 
 
-def make_supplement(lab: Lab, path: Path):
-    """As many pairs as the supplement of BLiMP has."""
-    path.mkdir()
-    records = []
-    for i in range(submit.COUNTS["blimp_supplement"]):
-        records.append({"sentence_good": f"Good {i}.", "sentence_bad": f"Bad {i}."})
-    write_records(path / "hypernym.jsonl", records)
+def make_marks(lab: Lab, path: Path, seed: int = 1):
+    """A run with the checkpoints that the rules name."""
+    small_challenge.write_run(path, lab.path("corpus") / "tokenizer.json", seed)
 
 
-def make_scored(lab: Lab, path: Path, score: float = 1.0):
-    """A run folder with scores of the supplement, of which causal and masked are opposites."""
-    path.mkdir()
-    items = read_tasks(str(lab.path("supplement")))
-    result = {"kind": "blimp", "options_sha256": fingerprint(items)}
-    content = {"step": 10, "partial": False, "task": str(lab.path("supplement"))}
-    for mode, good in (("causal", score), ("masked", -score)):
-        scores = {mode: [[good, 0.0]] * len(items)}
-        result["subsets"] = {"hypernym": {"items": len(items), "scores": scores}}
-        content |= {"modes": [mode], "tasks": {"supplement": result}}
-        for year in ("2024", "2025"):
-            write_result(path / f"eval_{mode}_{year}.json", content | {"protocol": year})
+def make_challenge(lab: Lab, path: Path, verb: str = "sees"):
+    """One full set, one fast set and the words in context; in all pairs is this verb."""
+    data = small_challenge.write_data(lab.folder / f"all_of_{path.name}")
+    for name in ("full_eval/supplement_filtered", "fast_eval/supplement_fast", "full_eval/aoa"):
+        shutil.copytree(data / name, path / name)
+    for file in path.rglob("*.jsonl"):
+        file.write_text(file.read_text().replace("sees", verb))
 
 
 def write_tiny(lab: Lab, path: Path, backbone: str = "babyllama"):
@@ -385,14 +375,16 @@ MATERIAL = {
     "run": train_run,
     "other_run": partial(train_run, seed=2),
     "half_run": train_half,
+    "scored_run": partial(train_run, seed=3),  # results lie in its folder
     "dice": make_dice,
     "glue": lambda lab, path: write_glue(path),
     "short_glue": lambda lab, path: write_glue(path, n_train=24, n_valid=8),
     "pairs": make_pairs,
     "other_pairs": partial(make_pairs, seed=6),
-    "supplement": make_supplement,
-    "scored": make_scored,
-    "other_scored": partial(make_scored, score=-1.0),
+    "marks": make_marks,
+    "other_marks": partial(make_marks, seed=2),
+    "challenge": make_challenge,
+    "other_challenge": partial(make_challenge, verb="hears"),
     "override": lambda lab, path: path.write_text("lr = 0.125\n"),
     "tiny": write_tiny,
     "tiny_ltg": partial(write_tiny, backbone="ltg_bert"),

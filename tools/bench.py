@@ -42,6 +42,7 @@ from antlm.distributed import Processes, find_device, has_fast_bfloat16, missing
 from antlm.optim import guarded_step, make_optimizers
 from antlm.program import clean_exit
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
+from babylm.protocols import DEFAULT_PROTOCOL, PROTOCOLS
 from babylm.tasks import read_tasks
 from config import UserError, load, require
 from data import OBJECTIVES, Batch, Batches
@@ -300,15 +301,16 @@ def our_scores(model: Transformer, texts: list[np.ndarray], mode: str):
     first = np.ones(len(texts), dtype=int)
     names = [f"text {number}" for number in range(len(texts))]
     batch_tokens = 2048 if next(model.parameters()).device.type == "cpu" else 16384
-    return evaluation.score(model, texts, first, mode, names, batch_tokens=batch_tokens)
+    scores, _ = evaluation.score(model, texts, first, mode, names, batch_tokens=batch_tokens)
+    return scores
 
 
 def bench_scoring(args, device: torch.device):
     """Print how many minimal pairs a second eval.py scores, and how many the plain way does."""
-    items = read_tasks(args.scoring, args.limit)
+    items = read_tasks([args.scoring], PROTOCOLS[DEFAULT_PROTOCOL].kinds, args.limit).items
     strings = set()
     for item in items:
-        strings.update(text for text, _ in item.options)
+        strings.update(text for text, _ in item.choice.options)
     strings = sorted(strings)
     for path in args.configs:
         settings = load_settings(path, args.set)

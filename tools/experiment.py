@@ -38,6 +38,7 @@ import config
 from antlm.files import write_whole
 from antlm.program import clean_exit
 from babylm.glue import TASKS
+from babylm.protocols import DEFAULT_PROTOCOL, PROTOCOLS
 from babylm.results import read_result, write_result
 from babylm.tasks import read_tasks
 from config import UserError, require
@@ -521,7 +522,7 @@ def main(argv: list[str]) -> int:
     else:
         # what cannot be read is said before the training, not after it
         for task in spec.tasks:
-            read_tasks(task, spec.limit)
+            read_tasks([task], PROTOCOLS[DEFAULT_PROTOCOL].kinds, spec.limit)
         is_there = not spec.glue or Path(spec.glue_data).is_dir()
         require(is_there, f"{spec.glue_data}: is not a folder; --glue_data names that of GLUE")
         Path(spec.out).mkdir(parents=True, exist_ok=True)
