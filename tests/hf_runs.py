@@ -27,6 +27,7 @@ import export_hf  # noqa: E402
 import prepare  # noqa: E402
 from antlm.checkpoint import load_run, save_checkpoint  # noqa: E402
 from antlm.tokenizer import Tokenizer, save_tokenizer, train_bpe  # noqa: E402
+from data import OBJECTIVES, find_objectives  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from train import Settings  # noqa: E402
 
@@ -44,13 +45,20 @@ class Kind:
     backbone: str
     tied: bool
     boundary: str
+    schedule: str = "4_CLM+16_MLM+4_CLM"
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether nothing in its training was masked."""
+        return all(OBJECTIVES[name].causal for name in find_objectives(self.schedule))
 
 
+# of each backbone one run that knows both masks and one that knows the causal one alone
 KINDS = {
     "untied": Kind("babyllama", tied=False, boundary="line"),
-    "tied": Kind("babyllama", tied=True, boundary="document"),
+    "tied": Kind("babyllama", tied=True, boundary="document", schedule="10_CLM"),
     "ltg": Kind("ltg_bert", tied=False, boundary="line"),
-    "newline": Kind("ltg_bert", tied=False, boundary="none"),
+    "newline": Kind("ltg_bert", tied=False, boundary="none", schedule="10_CLM"),
 }
 
 
@@ -87,7 +95,7 @@ def make_run(folder: Path, kind: Kind, words: int | None = 1_234_567, step: int 
         "step": step,
         "optimizer": [],
         "boundary": kind.boundary,
-        "settings": asdict(Settings(**sizes, block_size=64)),
+        "settings": asdict(Settings(**sizes, block_size=64, schedule=kind.schedule)),
         "tokenizer_sha256": tokenizer.sha256,
         "tokens_sha256": "0" * 64,
     }

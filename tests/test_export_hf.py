@@ -1,6 +1,6 @@
 """Exported folders against transformers: logits, losses, generation, tokenizers, model cards.
 
-    python -m pytest tests/test_export_hf.py                  # about 40 s, 15 of them imports
+    python -m pytest tests/test_export_hf.py                  # about 60 s, 15 of them imports
     python -m pytest tests/test_export_hf.py -m "not slow"
 
 Needs transformers (4.41 or newer), tokenizers and safetensors.
@@ -40,7 +40,14 @@ import eval as evaluation
 import model as model_module
 import prepare
 from antlm import IGNORE
-from antlm.checkpoint import checkpoints, load_checkpoint, load_model, load_run, save_checkpoint
+from antlm.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    load_model,
+    load_run,
+    save_checkpoint,
+    step_of,
+)
 from antlm.tokenizer import (
     END,
     MASK,
@@ -52,8 +59,10 @@ from antlm.tokenizer import (
     tokenizer_json,
     train_bpe,
 )
+from babylm import challenge, submit
 from babylm.protocols import PROTOCOLS
 from config import UserError
+from data import OBJECTIVES
 from sample import generate
 from train import Settings
 
@@ -94,22 +103,106 @@ both_modes = pytest.mark.parametrize("causal", [True, False], ids=["causal", "op
 # ------------------------------------------------------------------------------------------ models
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_babyllama_gives_the_same_logits_as_a_plain_llama(kind):
-    run = exported(kind)
-    llama = load_hf("AutoModelForCausalLM", run.folder)
-    tokens = some_tokens(run.model)
-    assert_close(llama(tokens).logits, run.model(tokens, causal=True))
-    T = tokens.size(1)
-    see_all = torch.zeros(3, 1, T, T)
-    open_logits = llama(tokens, attention_mask=see_all).logits
-    assert_close(open_logits, run.model(tokens, causal=False))
+# a run, a class that its folder loads as, and whether attention is causal there
+CLASSES = []
+for kind, made_of in KINDS.items():
+    CLASSES += [
+        (kind, "AutoModelForCausalLM", True),
+        (kind, "AutoModelForMaskedLM", False),
+        (kind, "AutoModel", made_of.only_causal),
+    ]
 
+
+def test_the_small_runs_cover_every_backbone_and_kind_of_training():
+    rows = {(made_of.backbone, made_of.only_causal) for made_of in KINDS.values()}
+    assert rows == set(itertools.product(export_hf.CONFIGS, (True, False)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, auto_class, causal", CLASSES)
+def test_every_class_has_our_logits_under_its_mask_from_all_of_the_weights(
+    kind, auto_class, causal
+):
+    run = exported(kind)
+    hf = load_hf(auto_class, run.folder)
+    _, report = getattr(transformers, auto_class).from_pretrained(
+        run.folder, trust_remote_code=True, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[problem], problem
+    assert hf.dtype == torch.float32
+    assert hf.config.max_position_embeddings >= 512
+
+    tokens = some_tokens(run.model)
+    output = hf(tokens)[0]
+    if auto_class == "AutoModel":
+        head = run.model.head
+        # the norm in front of the output matrix belongs to the base model of a Llama
+        output = head.vocab(output if KINDS[kind].backbone == "babyllama" else head(output))
+    assert_close(output, run.model(tokens, causal=causal))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, auto_class, causal", CLASSES)
+def test_a_later_token_shows_in_earlier_outputs_of_open_classes_alone(kind, auto_class, causal):
+    run = exported(kind)
+    hf = load_hf(auto_class, run.folder)
+    tokens = some_tokens(run.model)
+    changed = tokens.clone()
+    changed[:, 20] = (tokens[:, 20] + 1) % run.model.config.vocab_size
+    difference = (hf(tokens)[0] - hf(changed)[0]).abs().amax(-1)
+    assert (difference[:, 20:] > 1e-3).all()
+    if causal:
+        assert difference[:, :20].max() < 1e-5
+    else:
+        assert (difference[:, :20] > 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_babyllama_is_a_plain_causal_llama_for_whom_runs_no_code(kind):
+    """Nobody is asked whether to trust a folder whose code is not needed."""
+    folder = str(exported(kind).folder)
+    transformers.AutoConfig.from_pretrained(folder)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    llama = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert type(llama) is transformers.LlamaForCausalLM
-    assert not list(run.folder.glob("*.py"))  # no code of ours
-    assert llama.dtype == torch.float32
-    assert llama.config.max_position_embeddings >= 512
+    assert type(load_hf("AutoModelForCausalLM", folder)) is transformers.LlamaForCausalLM
+    assert type(transformers.AutoModel.from_pretrained(folder)) is transformers.LlamaModel
+    generator = transformers.pipeline("text-generation", model=folder, max_new_tokens=3)
+    assert type(generator.model) is transformers.LlamaForCausalLM
+    generator = transformers.pipeline(
+        "text-generation", model=llama, tokenizer=hf_tokenizer, max_new_tokens=3
+    )
+    assert generator("The cats")[0]["generated_text"].startswith("The cats")
+
+
+@every_kind
+def test_a_pipeline_fills_a_mask_with_our_likeliest_word(kind):
+    run = exported(kind)
+    fill = transformers.pipeline("fill-mask", model=str(run.folder), trust_remote_code=True)
+    (best,) = fill("The <mask> sleeps.", top_k=1)
+    ids = run.tokenizer.encode_text("The", run.boundary)
+    place = len(ids)
+    ids += [MASK, *run.tokenizer.encode(" sleeps.")]
+    logits = run.model(torch.tensor([ids]), causal=False)
+    assert best["token"] == logits[0, place].argmax().item()
+
+
+@torch.no_grad()
+def test_open_attention_of_a_llama_is_the_same_in_both_of_its_kernels():
+    run = exported("untied")
+    tokens = some_tokens(run.model)
+    expected = run.model(tokens, causal=False)
+    for kernel in ("eager", "sdpa"):
+        hf = load_hf("AutoModelForMaskedLM", run.folder, attn_implementation=kernel)
+        output = hf(tokens, output_hidden_states=True)
+        assert_close(output.logits, expected)
+        assert len(output.hidden_states) == 4
+        assert torch.equal(hf(tokens, return_dict=False)[0], output.logits)
+        with pytest.raises(ValueError, match=r"\(3, 1, 40, 40\)"):
+            hf(tokens, torch.zeros(3, 1, 40, 40))
+    with pytest.raises(ValueError, match="attn_implementation|attention"):
+        load_hf("AutoModelForMaskedLM", run.folder, attn_implementation="flex_attention")
 
 
 @torch.no_grad()
@@ -165,10 +258,9 @@ def test_losses_agree(kind):
     loss, count = run.model(tokens, shifted, causal=True)
     hf = load_hf("AutoModelForCausalLM", run.folder)
     assert_close(hf(tokens, labels=labels).loss, loss / count)
-    if KINDS[kind].backbone == "ltg_bert":
-        loss, count = run.model(tokens, labels, causal=False)
-        hf = load_hf("AutoModelForMaskedLM", run.folder)
-        assert_close(hf(tokens, labels=labels).loss, loss / count)
+    loss, count = run.model(tokens, labels, causal=False)
+    hf = load_hf("AutoModelForMaskedLM", run.folder)
+    assert_close(hf(tokens, labels=labels).loss, loss / count)
 
 
 @every_kind
@@ -278,7 +370,7 @@ def test_an_exported_ltg_bert_drops_in_training_what_config_json_says(hidden_rat
 
 # a run of each backbone, the classes that its export loads as, and what `causal` may be there
 EXPORTED_CLASSES = []
-for auto_class in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+for auto_class in ("AutoModelForCausalLM", *export_hf.BABYLLAMA_CLASSES):
     EXPORTED_CLASSES.append(("untied", auto_class, None))
 for auto_class in export_hf.LTG_BERT_CLASSES:
     if auto_class != "AutoConfig":
@@ -293,9 +385,9 @@ MASK_FORMS = {  # of a tokenizer's mask (B, T)
 TEXTS = ["The cats sleep.", "Who sees the dog in the garden?\nYes.", "Köln", ""]
 
 
-def mask_forms(kind: str) -> list[str]:
+def mask_forms(hf) -> list[str]:
     """A mask of three dimensions is taken by our own code alone."""
-    if KINDS[kind].backbone == "ltg_bert":
+    if not type(hf).__module__.startswith("transformers."):
         return list(MASK_FORMS)
     return ["numbers", "booleans", "floats"]
 
@@ -320,7 +412,7 @@ def test_padding_changes_no_output_of_any_class(kind, auto_class, causal, side):
     mask = batch["attention_mask"]
     assert mask[:, 0 if side == "left" else -1].tolist() == [0, 1, 0, 0]
 
-    for form in mask_forms(kind):
+    for form in mask_forms(hf):
         output = hf(batch["input_ids"], MASK_FORMS[form](mask), **options)[0]
         for row, expected, seen in zip(output, alone, mask.bool(), strict=True):
             if auto_class != "AutoModelForSequenceClassification":
@@ -364,8 +456,8 @@ def test_a_classifier_without_a_pad_token_reads_the_end_of_the_row(causal):
 
 @torch.no_grad()
 def test_a_classifier_of_a_llama_knows_pads_on_the_right_by_their_id():
-    """Without a mask, too; those on the left are seen."""
-    folder = exported("untied").folder
+    """Without a mask, too, if it is causal; those on the left are seen."""
+    folder = exported("tied").folder
     classifier = load_hf("AutoModelForSequenceClassification", folder)
     tokenizer = load_hf("AutoTokenizer", folder)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -408,6 +500,8 @@ def test_a_classifier_trains(kind, causal):
     [
         ("untied", "AutoModelForCausalLM"),
         ("tied", "AutoModelForCausalLM"),
+        ("untied", "AutoModelForMaskedLM"),
+        ("tied", "AutoModelForMaskedLM"),
         ("ltg", "AutoModelForMaskedLM"),
         ("ltg", "AutoModelForCausalLM"),
     ],
@@ -428,6 +522,31 @@ def test_saved_again_by_transformers_it_is_the_same_and_stays_tied(tmp_path, kin
     again = load_hf("AutoTokenizer", tmp_path)
     for text in (TEXT, "The <mask> sleeps.\n<mask>"):
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@torch.no_grad()
+@every_kind
+def test_a_base_model_that_is_saved_again_keeps_its_mask(tmp_path, kind):
+    """And the heads of those that were trained keep their weights."""
+    run = exported(kind)
+    tokens = some_tokens(run.model)
+    for auto_class in ("AutoModel", "AutoModelForSequenceClassification"):
+        first = load_hf(auto_class, run.folder)
+        first.save_pretrained(tmp_path / auto_class)
+        second = load_hf(auto_class, tmp_path / auto_class)
+        assert torch.equal(second(tokens)[0], first(tokens)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_classifier_of_a_llama_has_the_mask_of_its_training(causal):
+    """Its head reads the last token, so what shows is the mask of the layers below the last."""
+    run = exported("tied" if causal else "untied")
+    classifier = load_hf("AutoModelForSequenceClassification", run.folder)
+    base = load_hf("AutoModel", run.folder)
+    tokens = some_tokens(run.model).clamp(min=4)
+    expected = classifier.score(base(tokens).last_hidden_state[:, -1])
+    assert_close(classifier(tokens).logits, expected)
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -610,14 +729,8 @@ def pipeline_model(kind: str, auto_class: str):
 
 def pipeline_logits(kind: str, mode: str, ids: list[int]) -> torch.Tensor:
     """The logits (T, V) of a model as a pipeline loads it."""
-    auto_class = "AutoModelForMaskedLM"
-    mask = None
-    if KINDS[kind].backbone == "babyllama" and mode != "causal":
-        # transformers has no masked Llama: the causal one sees all through this, as its card says
-        mask = torch.zeros(1, 1, len(ids), len(ids))
-    if KINDS[kind].backbone == "babyllama" or mode == "causal":
-        auto_class = "AutoModelForCausalLM"
-    return pipeline_model(kind, auto_class)(torch.tensor([ids]), mask).logits[0].double()
+    auto_class = "AutoModelForCausalLM" if mode == "causal" else "AutoModelForMaskedLM"
+    return pipeline_model(kind, auto_class)(torch.tensor([ids])).logits[0].double()
 
 
 def hidden_log_prob(kind: str, mode: str, ids: list[int], i: int) -> float:
@@ -723,16 +836,55 @@ def test_one_folder_for_each_mark_of_the_rules(tmp_path, capsys):
 
 
 def test_a_mark_far_behind_is_not_passed_off(tmp_path, capsys):
-    """Saved every 500 of 1000 steps, the next one after 10M words would come at most 9M later."""
+    """A step of this run sees some 10,000 words; whoever is 20,000 beyond a mark comes too late."""
     run = tmp_path / "run"
-    make_run(run, KINDS["untied"], words=18_000_000, step=1000)
-    make_run(run, KINDS["untied"], words=39_900_000, step=1500)
-    # saved every 300 steps, which are 8M words: another one was nearer to 30M
-    change_setting(run / "step_0001500.pt", "save_every", 300)
+    make_run(run, KINDS["untied"], words=10_000_017, step=1000)
+    make_run(run, KINDS["untied"], words=20_020_000, step=2000)
+    make_run(run, KINDS["untied"], words=28_000_000, step=2800)
     export_hf.main([str(run), str(tmp_path / "out"), "--checkpoints"])
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["chck_10M", "main"]
-    assert "chck_20M, chck_30M;" in capsys.readouterr().out
+    assert "chck_9M, chck_20M;" in capsys.readouterr().out
+
+
+def test_an_export_and_a_submission_take_the_same_checkpoints(tmp_path):
+    """Also of a run that went on from another one, whose words count but whose steps do not."""
+    run = tmp_path / "run"
+    words = {1: 4_000_000, 2: 4_200_000, 5: 5_300_000, 10: 6_000_000, 11: 6_100_000}
+    for step, n in words.items():
+        make_run(run, KINDS["untied"], words=n, step=step)
+        path = run / f"step_{step:07}.pt"
+        content = load_checkpoint(path)
+        model = load_model(content)
+        del content["model"]
+        content["history"] = [{"words": 3_900_000, "schedule": "1_CLM", "sha256": "0" * 64}]
+        save_checkpoint(path, model, **content)
+    export_hf.main([str(run), str(tmp_path / "out"), "--checkpoints"])
+    steps = {}
+    for folder in (tmp_path / "out").iterdir():
+        steps[folder.name] = json.loads((folder / "antlm.json").read_text())["step"]
+    last, marks, _ = submit.find_checkpoints(run, "2026", "strict-small")
+    submitted = {challenge.mark_name(mark): step_of(part.path) for mark, part in marks.items()}
+    # at step 5 a step is 280,000 words, so an earlier one has reached 5M
+    assert steps == {"chck_4M": 1, "chck_6M": 10, "main": 11}
+    assert steps == submitted | {"main": step_of(last.path)}
+
+
+def test_the_commands_that_push_each_folder_as_a_branch_are_printed(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step, n in enumerate([1_000_000, 2_000_000, 10_000_000], 1):
+        make_run(run, KINDS["untied"], words=n, step=step)
+    out = tmp_path / "two words"
+    export_hf.main([str(run), str(out), "--checkpoints"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 'revision="chck_1M"' in "\n".join(lines)
+    commands = [line.split() for line in lines if line.startswith("    hf ")]
+    assert commands[0] == ["hf", "auth", "login"]
+    branches = ["chck_1M", "chck_2M", "chck_10M", "main"]
+    for command, branch in zip(commands[1:], branches, strict=True):
+        folder = f"'{out / branch}'".split()
+        assert command == ["hf", "upload", "USER/NAME", *folder, ".", "--revision", branch]
+        assert (out / branch / "config.json").exists()
 
 
 # ------------------------------------------------------------------------------------------- cards
@@ -798,6 +950,17 @@ def test_the_command_on_the_card_has_the_settings_of_the_run(kind):
     (command,) = [line for line in card.splitlines() if line.startswith("python train.py")]
     settings = asdict(config.load(Settings, command.split()[2:]))
     assert settings == load_checkpoint(checkpoints(run.run)[0])["settings"]
+
+
+@every_kind
+def test_the_card_says_which_mask_is_fine_tuned(kind):
+    card = (exported(kind).folder / "README.md").read_text()
+    attention = "every token sees the whole text there, as in masked training."
+    if KINDS[kind].only_causal:
+        attention = "their attention is causal, as all of the training was."
+    sentence = f"`AutoModel` and `AutoModelForSequenceClassification`: {attention}"
+    assert sentence in " ".join(card.split())
+    assert ("they are plain causal Llamas" in card) == (KINDS[kind].backbone == "babyllama")
 
 
 @every_kind
@@ -892,12 +1055,20 @@ def test_a_parameter_of_a_fork_is_told_where_to_name_it(tmp_path, monkeypatch):
     assert "blocks.0.qkv.weight of babyllama has no Hugging Face name" in message
 
 
-def test_an_objective_of_a_fork_needs_nothing(tmp_path):
-    """An export does not ask what a model was trained with."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_objective_of_a_fork_needs_its_row_in_data_alone(tmp_path, monkeypatch, causal):
+    """It says whether classes for fine-tuning are causal."""
     make_run(tmp_path / "run", KINDS["untied"])
     change_setting(tmp_path / "run" / "step_0000005.pt", "schedule", "3_WWM")
+    assert "'WWM' is not one of CLM" in refusal(tmp_path / "run", tmp_path / "out")
+    monkeypatch.setitem(OBJECTIVES, "WWM", OBJECTIVES["CLM" if causal else "MLM"])
     export_hf.main([str(tmp_path / "run"), str(tmp_path / "out")])
-    assert "| schedule | `3_WWM` |" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| schedule | `3_WWM` |" in card
+    assert ("their attention is causal" in card) == causal
+    assert ("every token sees the whole text there" in card) == (not causal)
+    classes = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert ("AutoModel" in classes) == (not causal)
 
 
 @pytest.mark.slow

@@ -67,28 +67,40 @@ def test_export_and_import_change_nothing(tmp_path, kind):
         assert (tmp_path / "second" / name).read_bytes() == first, name
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "ltg"])
-def test_an_export_that_transformers_has_saved_again_comes_back(tmp_path, kind):
-    """That drops antlm.json; the tokenizer still shows what a newline was."""
+@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "ltg", "newline"])
+def test_an_export_that_transformers_has_saved_again_comes_back(tmp_path, kind, auto_class):
+    """That drops antlm.json; the rest still shows what a newline was, and which mask it knows."""
     original = exported(kind)
     again = tmp_path / "again"
-    auto_class = "AutoModelForMaskedLM" if kind == "ltg" else "AutoModelForCausalLM"
     load_hf(auto_class, original.folder).save_pretrained(again)
     load_hf("AutoTokenizer", original.folder).save_pretrained(again)
     back = run_import(again, tmp_path / "run")
+    assert back.schedule == ("1_CLM" if KINDS[kind].only_causal else "1_MLM")
+    if kind == "newline":
+        return  # its start token plays two parts, of which nothing tells but antlm.json
     assert_equal_weights(back.model, original.model)
     ids = original.tokenizer.encode_text(TEXT, original.boundary)
     assert back.tokenizer.encode_text(TEXT, back.boundary) == ids
 
 
-def test_an_export_from_before_masks_took_the_space_in_front_comes_back(tmp_path):
-    original = exported("untied")
-    shutil.copytree(original.folder, tmp_path / "old")
-    (tmp_path / "old" / "antlm.json").unlink()
+@pytest.mark.parametrize("kind, schedule", [("untied", "1_CLM"), ("ltg", "1_MLM")])
+def test_an_export_of_an_earlier_version_comes_back(tmp_path, kind, schedule):
+    """Masks did not take the space in front, and BabyLlama came without code."""
+    original = exported(kind)
+    old = tmp_path / "old"
+    shutil.copytree(original.folder, old)
+    (old / "antlm.json").unlink()
     newline = {"type": "Replace", "pattern": {"String": "\n"}, "content": "<s>"}
-    edit(tmp_path / "old" / "tokenizer.json", {"normalizer": newline})
-    back = run_import(tmp_path / "old", tmp_path / "run")
+    edit(old / "tokenizer.json", {"normalizer": newline})
+    hf_config = json.loads((old / "config.json").read_text("utf-8"))
+    for name in ("finetune_causal", "tokenizer_class", "auto_map"):
+        hf_config.pop(name, None)
+    (old / "config.json").write_text(json.dumps(hf_config))
+    back = run_import(old, tmp_path / "run")
     assert back.boundary == "line"
+    assert back.schedule == schedule
+    assert_equal_weights(back.model, original.model)
     tokenizer = (original.run / "tokenizer.json").read_bytes()
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == tokenizer
 

@@ -4,13 +4,22 @@
     python tools/export_hf.py runs/babyllama/step_0000500.pt hf/early      # this one
     python tools/export_hf.py runs/babyllama hf/babyllama --checkpoints    # chck_1M, ... and main
 
-BabyLlama becomes a plain LlamaForCausalLM. LTG-BERT brings one file of code, modeling_ltgbert.py,
-and loads with trust_remote_code=True. Needs safetensors; transformers 4.41 or newer reads it.
+The folder loads as AutoModelForCausalLM (causal attention), AutoModelForMaskedLM (every token sees
+the whole text; masked next-token prediction reads it one position earlier) and, for fine-tuning, as
+AutoModel and AutoModelForSequenceClassification, whose mask is that of finetune.py: causal for a
+run that has seen no masked text in training, else open. It brings one file of code, which runs with
+trust_remote_code=True. BabyLlama is a plain LlamaForCausalLM, too, which needs no code; without
+trust_remote_code the classes for fine-tuning are plain Llamas, so causal.
+
+The folders that --checkpoints writes become branches of one repository of the hub, as the challenge
+of 2025 and 2026 reads them (revision="chck_1M"), by the commands that are printed at the end.
+Needs safetensors; transformers 4.41 or newer reads the folders.
 """
 
 import argparse
 import copy
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,9 +34,10 @@ from antlm.checkpoint import LoadedRun, checkpoints, load_run
 from antlm.files import new_folder, write_json
 from antlm.program import clean_exit
 from antlm.tokenizer import PAD, byte_alphabet, tokenizer_json
+from babylm.challenge import TRACKS, mark_name, reached_mark, words_per_step
 from config import UserError, require
+from finetune import Settings as FinetuneSettings
 from model import ModelConfig, Transformer
-from schedule import WORD_MARKS
 
 # ------------------------------------------------------------------------------ config.json
 
@@ -52,11 +62,31 @@ def shared_config(c: ModelConfig, positions: int, start: int) -> dict:
     }
 
 
-def llama_config(c: ModelConfig, block_size: int, start: int) -> dict:
+# the classes that a folder brings, by the ones that a user of transformers asks for
+BABYLLAMA_CLASSES = {
+    "AutoModel": "BabyLlamaModel",
+    "AutoModelForMaskedLM": "BabyLlamaForMaskedLM",
+    "AutoModelForSequenceClassification": "BabyLlamaForSequenceClassification",
+}
+LTG_BERT_CLASSES = {
+    "AutoConfig": "LtgBertConfig",
+    "AutoModel": "LtgBertModel",
+    "AutoModelForMaskedLM": "LtgBertForMaskedLM",
+    "AutoModelForCausalLM": "LtgBertForCausalLM",
+    "AutoModelForSequenceClassification": "LtgBertForSequenceClassification",
+}
+
+
+def llama_config(c: ModelConfig, block_size: int, start: int, causal: bool) -> dict:
     """config.json of BabyLlama."""
+    classes = BABYLLAMA_CLASSES
+    if causal:
+        # what is fine-tuned is a plain Llama
+        classes = {"AutoModelForMaskedLM": classes["AutoModelForMaskedLM"]}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "auto_map": {auto: f"modeling_babyllama.{name}" for auto, name in classes.items()},
         # the pipelines of the challenge want at least 512 positions; rotary ones have no limit
         **shared_config(c, max(512, block_size), start),
         "num_key_value_heads": c.n_head,
@@ -73,16 +103,7 @@ def llama_config(c: ModelConfig, block_size: int, start: int) -> dict:
     }
 
 
-LTG_BERT_CLASSES = {
-    "AutoConfig": "LtgBertConfig",
-    "AutoModel": "LtgBertModel",
-    "AutoModelForMaskedLM": "LtgBertForMaskedLM",
-    "AutoModelForCausalLM": "LtgBertForCausalLM",
-    "AutoModelForSequenceClassification": "LtgBertForSequenceClassification",
-}
-
-
-def ltg_bert_config(c: ModelConfig, block_size: int, start: int) -> dict:
+def ltg_bert_config(c: ModelConfig, block_size: int, start: int, causal: bool) -> dict:
     """config.json of LTG-BERT."""
     return {
         "architectures": ["LtgBertForMaskedLM"],
@@ -96,15 +117,15 @@ def ltg_bert_config(c: ModelConfig, block_size: int, start: int) -> dict:
         "attention_probs_dropout_prob": c.dropout,
         "layer_norm_eps": 1e-7,
         "causal": None,
+        "finetune_causal": causal,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # pipelines of transformers 4.41 ask here
         "tie_word_embeddings": True,
     }
 
 
 # what makes config.json; another backbone needs a row here, in NAMES of hf_names.py and in LOADING
-# of model_card.py
+# of model_card.py; the files of code that `auto_map` names travel with it
 CONFIGS = {"babyllama": llama_config, "ltg_bert": ltg_bert_config}
-# the file of code that travels with a backbone which transformers does not have
-CODE = {"ltg_bert": "modeling_ltgbert.py"}
 
 
 # --------------------------------------------------------------------- weights and tokenizer
@@ -189,39 +210,26 @@ def export(run: LoadedRun, out: Path, name: str):
         "tools/export_hf.py, NAMES of tools/hf_names.py and LOADING of tools/model_card.py",
     )
     weights = hf_weights(run.model)
+    causal = FinetuneSettings().resolve(run.full_schedule).mask == "causal"
     out.mkdir(parents=True)
 
     # what transformers reads
     start = run.tokenizer.encode_text("", run.boundary)[0]
-    config = CONFIGS[backbone](run.model.config, run.block_size, start)
+    config = CONFIGS[backbone](run.model.config, run.block_size, start, causal)
     token_ids = {key: config[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", token_ids)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer = run.path.parent / "tokenizer.json"
     write_tokenizer(tokenizer, out, run.boundary, config["max_position_embeddings"])
-    if backbone in CODE:
-        shutil.copyfile(Path(__file__).with_name(CODE[backbone]), out / CODE[backbone])
+    for module in {name.split(".")[0] for name in config.get("auto_map", {}).values()}:
+        shutil.copyfile(Path(__file__).with_name(f"{module}.py"), out / f"{module}.py")
 
     # what people read, and from what import_hf.py makes the same run again
     left_out = ("model", "optimizer", "config")
     facts = {key: value for key, value in run.content.items() if key not in left_out}
     write_json(out / "antlm.json", facts)
-    (out / "README.md").write_text(model_card(run, name), encoding="utf-8")
-
-
-def reached_mark(run: LoadedRun) -> int | None:
-    """Return the last mark of the rules that a checkpoint has reached, None if it is far beyond.
-
-    Far: by more words than pass between two checkpoints, so that the mark's own one is missing.
-    """
-    words = run.content["words"]
-    words_before = run.history[-1]["words"] if run.history else 0
-    between = run.settings["save_every"] * (words - words_before) / run.step
-    reached = [mark for mark in WORD_MARKS if mark <= words]
-    if not reached or words - reached[-1] > between:
-        return None
-    return reached[-1]
+    (out / "README.md").write_text(model_card(run, name, causal), encoding="utf-8")
 
 
 def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
@@ -233,6 +241,7 @@ def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
     # from the oldest to the newest; damaged ones are named and passed over
     lines = []
     run = None
+    marks = TRACKS["strict"]  # those of strict-small and more
     exported = set()
     for path in reversed(checkpoints(folder)):
         try:
@@ -242,9 +251,9 @@ def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
             continue
         words = run.content.get("words")
         require(words is not None, f"{path}: does not say how many words it has seen (`words`)")
-        mark = reached_mark(run)
+        mark = reached_mark(words, words_per_step(run.content), marks)
         if mark is not None and mark not in exported:
-            label = f"chck_{mark // 1_000_000}M"
+            label = mark_name(mark)
             export(run, out / label, f"{name}/{label}")
             lines.append(f"{label}: {path.name}, {words:,} words")
             exported.add(mark)
@@ -258,11 +267,27 @@ def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
     words = run.content["words"]
     export(run, out / "main", f"{name}/main")
     lines.append(f"main: {run.path.name}, {words:,} words")
-    missing = [mark for mark in WORD_MARKS if mark <= words and mark not in exported]
+    missing = [mark_name(mark) for mark in marks if mark <= words and mark not in exported]
     if missing:
-        labels = [f"chck_{mark // 1_000_000}M" for mark in missing]
-        lines.append(f"no checkpoint of its own: {', '.join(labels)}; train with --babylm_rules")
+        lines.append(f"no checkpoint of its own: {', '.join(missing)}; train with --babylm_rules")
     return lines
+
+
+def push_commands(out: Path) -> list[str]:
+    """Return lines that say how the folders in `out` become branches of a repository of the hub."""
+    # the order in which they were trained, main at the end
+    names = [path.name for path in out.iterdir() if path.name != "main"]
+    names.sort(key=lambda name: (len(name), name))
+    lines = [
+        "",
+        "To publish each folder as a branch of one repository (pip install -U huggingface_hub):",
+        "    hf auth login",
+    ]
+    for name in [*names, "main"]:
+        # makes repository and branch where there is none
+        command = ["hf", "upload", "USER/NAME", str(out / name), ".", "--revision", name]
+        lines.append(f"    {shlex.join(command)}")
+    return [*lines, 'Then from_pretrained("USER/NAME", revision="chck_1M") loads one of them.', ""]
 
 
 def main(arguments: list[str] | None = None):
@@ -285,6 +310,8 @@ def main(arguments: list[str] | None = None):
             lines = export_checkpoints(Path(args.run), unfinished, args.out.name)
         else:
             export(load_run(args.run, "cpu"), unfinished, args.out.name)
+    if args.checkpoints:
+        lines += push_commands(args.out)
     print(*lines, f"{args.out}: written; fill in the licence in its README.md", sep="\n")
 
 

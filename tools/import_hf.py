@@ -114,6 +114,14 @@ def read_config(path: Path) -> tuple[ModelConfig, dict]:
     return config, hf
 
 
+def is_causal(config: ModelConfig, hf: dict) -> bool:
+    """Return whether a model knows the causal mask alone, as far as its config.json shows that."""
+    if config.backbone == "ltg_bert":
+        return bool(hf.get("finetune_causal"))
+    # a Llama is causal, unless it brings code for fine-tuning it otherwise
+    return "AutoModel" not in (hf.get("auto_map") or {})
+
+
 def check_config(hf: dict, expected: dict, path: Path):
     """Raise UserError where config.json gives one of these settings another value."""
     for name, value in expected.items():
@@ -300,7 +308,7 @@ def import_folder(folder: Path, out: Path) -> Path:
     settings |= {
         "corpus": "",
         "out_dir": str(out),
-        "schedule": "1_MLM" if config.backbone == "ltg_bert" else "1_CLM",
+        "schedule": "1_CLM" if is_causal(config, hf) else "1_MLM",
         "block_size": hf.get("max_position_embeddings", 512),
     }
     settings |= exported.get("settings", {})

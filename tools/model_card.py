@@ -34,6 +34,9 @@ tags:
 ## Load it
 
 {loading}
+For masked next-token prediction (`mntp`) nothing more is needed: read `AutoModelForMaskedLM` one
+position before the hidden token, as the pipeline of the challenge does.
+
 The tokenizer puts `<s>` in front of a text. {newline}
 The literal texts `<pad>`, `<s>`, `</s>` and `<mask>` are special tokens.
 A hidden word is written as in `The boy <mask> home.` The space in front of it is hidden with it, as
@@ -47,7 +50,7 @@ in training, so `The boy<mask> home.` means the same; a word of two tokens is `<
 
 {training}
 """
-LOADING = {  # for each backbone: how to load it, and how to choose what a token sees
+LOADING = {  # for each backbone: how to load it, and which class has which mask
     "babyllama": """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +58,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
-For open attention pass an `attention_mask` of zeros of shape (rows, 1, tokens, tokens).""",
+As `AutoModelForMaskedLM`, with `trust_remote_code=True`, every token sees the whole text. For
+fine-tuning there are `AutoModel` and `AutoModelForSequenceClassification`:
+{finetuning}
+Without `trust_remote_code` they are plain causal Llamas.""",
     "ltg_bert": """\
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -63,8 +69,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-The same weights load as `AutoModelForCausalLM` (causal attention), `AutoModel` and
-`AutoModelForSequenceClassification`; `causal=True` or `False` in a call overrides the class.""",
+The same weights load as `AutoModelForCausalLM`, whose attention is causal. For fine-tuning there
+are `AutoModel` and `AutoModelForSequenceClassification`:
+{finetuning}
+`causal=True` or `False` in a call overrides the class.""",
+}
+FINETUNING = {  # by the mask of finetune.py: what follows for the classes that are fine-tuned
+    "causal": "their attention is causal, as all of the training was.",
+    "open": "every token sees the whole text there, as in masked training.",
 }
 TITLES = {"babyllama": "BabyLlama", "ltg_bert": "LTG-BERT"}
 NEWLINES = {  # for each boundary: what a newline becomes
@@ -74,8 +86,11 @@ NEWLINES = {  # for each boundary: what a newline becomes
 }
 
 
-def model_card(run: LoadedRun, name: str) -> str:
-    """Return the text of the card of a run that is exported under this name."""
+def model_card(run: LoadedRun, name: str, causal: bool) -> str:
+    """Return the text of the card of a run that is exported under this name.
+
+    causal: whether its classes for fine-tuning are
+    """
     c = run.model.config
     words = run.content.get("words")
     origin = (
@@ -98,7 +113,9 @@ def model_card(run: LoadedRun, name: str) -> str:
         words="unknown" if words is None else f"{words:,}",
         sizes=f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, feed-forward {c.n_ff}, "
         f"vocabulary {c.vocab_size}",
-        loading=LOADING[c.backbone].format(name=name),
+        loading=LOADING[c.backbone].format(
+            name=name, finetuning=FINETUNING["causal" if causal else "open"]
+        ),
         newline=NEWLINES[run.boundary],
         scores=score_table(run.path.parent, run.step),
         training=training,

@@ -7,7 +7,9 @@ tools/export_hf.py of AntLM puts this file beside the weights. It needs torch an
 4.41 or newer. Parameters have the names of the reference code (ltg-bert).
 
 Does a token see those after it? The first of these that is set decides: `causal=` of forward,
-`causal` of config.json, the class (AutoModelForCausalLM is causal, the others are not).
+`causal` of config.json, the class (AutoModelForCausalLM is causal, AutoModelForMaskedLM is not) and
+for the other two, which are fine-tuned, `finetune_causal` of config.json: true for a run that has
+seen no masked text in training.
 
 In comments: B rows, T tokens a row, D hidden_size, H heads, d = D / H, F intermediate_size,
 b position_bucket_size.
@@ -32,6 +34,7 @@ class LtgBertConfig(PretrainedConfig):
 
     model_type = "ltgbert"
     causal = None  # True or False for every class; None: the class decides
+    finetune_causal = False  # of the classes that leave it open
     max_position = None  # distances from here on share a bucket; None: max_position_embeddings
     use_cache = False  # there is no cache: generate computes all positions at every step
 
@@ -208,7 +211,8 @@ class LtgBertModel(PreTrainedModel):
 
     config_class = LtgBertConfig
     output_class = BaseModelOutput
-    causal_by_default = False
+    causal_by_default = None
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     def __init__(self, config):
         super().__init__(config)
@@ -274,7 +278,8 @@ class LtgBertModel(PreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions: this model keeps no attention probabilities")
         # who decides whether attention is causal?
-        for choice in (causal, self.config.causal, self.causal_by_default):
+        config = self.config
+        for choice in (causal, config.causal, self.causal_by_default, config.finetune_causal):
             if choice is not None:
                 causal = choice
                 break
@@ -302,6 +307,7 @@ class LtgBertForMaskedLM(LtgBertModel):
     # transformers 5 reads the pairs, 4 the keys alone
     _tied_weights_keys = {"classifier.nonlinearity.5.weight": "embedding.word_embedding.weight"}
     output_class = MaskedLMOutput
+    causal_by_default = False
 
     def add_head(self, config):
         self.classifier = Head(config, config.vocab_size)
