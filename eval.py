@@ -17,7 +17,7 @@ stands in babylm/protocols.py. There are three ways to ask a model, by what it w
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from antlm.checkpoint import LoadedRun, checkpoints, load_run
 from antlm.distributed import find_device
 from antlm.files import Progress
 from antlm.program import clean_exit
-from antlm.tokenizer import MASK, START, Tokenizer
+from antlm.tokenizer import END, MASK, SPECIAL, START, Tokenizer
 from babylm.human import Human, ages_table, read_human, score_human
 from babylm.protocols import DEFAULT_PROTOCOL, PROTOCOLS, Protocol
 from babylm.results import report, summarize, write_result
@@ -83,6 +83,22 @@ def encode(
     return ids, np.array(first)
 
 
+def apply_template(
+    row: np.ndarray, first: int, run: LoadedRun, mode: str
+) -> tuple[np.ndarray, int]:
+    """Return a text and its first target as an imported model's own tokenizer would have them."""
+    # what that lacks falls out of a text; special tokens are none of a text's
+    kept = ~np.isin(row, run.absent) | (row < len(SPECIAL))
+    kept[0] = run.template["start"]
+    first = int(kept[:first].sum())
+    row = row[kept]
+    if mode != "masked":
+        first = max(1, first)  # nothing predicts the very first token
+    if run.template["end"] and mode != "causal":
+        row = np.append(row, END)
+    return row, first
+
+
 # ------------------------------------------------------------------------ three ways to ask a model
 
 
@@ -100,7 +116,7 @@ def is_asked(ids: np.ndarray, first: int, skip_start: bool) -> np.ndarray:
 
     skip_start: not for those that are the start token in front, as newlines may be
     """
-    asked = (np.arange(ids.shape[-1]) >= first) & (ids != MASK)
+    asked = (np.arange(ids.shape[-1]) >= first) & (ids != MASK) & (ids != END)
     if skip_start:
         asked &= ids != ids[..., :1]
     return asked
@@ -139,9 +155,17 @@ MODES = {"causal": ask_causal, "masked": ask_masked, "mntp": ask_mntp}
 
 @torch.inference_mode()
 def log_probs(
-    model: Transformer, questions: Questions, *, causal: bool, dtype: torch.dtype
+    model: Transformer,
+    questions: Questions,
+    *,
+    causal: bool,
+    dtype: torch.dtype,
+    absent: Sequence[int] = (),
 ) -> np.ndarray:
-    """Return the log-probability in nats of each target, (R, K); the softmax is in float32."""
+    """Return the log-probability in nats of each target, (R, K); the softmax is in float32.
+
+    absent: tokens that have no probability
+    """
     device = next(model.parameters()).device
     tokens = torch.from_numpy(questions.tokens).to(device)
     positions = torch.from_numpy(questions.positions).to(device)
@@ -150,6 +174,7 @@ def log_probs(
         logits = model(tokens, causal=causal, scored=positions)
     # in bfloat16 close options would tie, and a tie says nothing
     logits = logits.float()  # (R, K, V)
+    logits[..., list(absent)] = -torch.inf
     target_logits = logits.gather(-1, targets[..., None])[..., 0]
     return (target_logits - logits.logsumexp(-1)).cpu().numpy()
 
@@ -174,6 +199,7 @@ def score(
     names: list[str],
     *,
     skip_start: bool = False,
+    absent: Sequence[int] = (),
     batch_tokens: int = 2048,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -182,6 +208,7 @@ def score(
     mode: a key of MODES
     names: of the texts, for errors
     skip_start: in the masked modes leave out start tokens within a text, which are its newlines
+    absent: tokens that have no probability
     batch_tokens: of one forward pass, at most
     dtype: float32, or bfloat16 for autocast
     Raises UserError that starts with a text's name if it has no token to score or more tokens than
@@ -207,7 +234,7 @@ def score(
         batch_rows = max(1, batch_tokens // questions.tokens.shape[1])
         for a in range(0, len(questions.tokens), batch_rows):
             batch = Questions(*(part[a : a + batch_rows] for part in questions))
-            values = log_probs(model, batch, causal=mode == "causal", dtype=dtype)
+            values = log_probs(model, batch, causal=mode == "causal", dtype=dtype, absent=absent)
             asked = texts[batch.text]
 
             # a comparison with NaN would choose an option all the same
@@ -253,6 +280,11 @@ class Examiner:
         self, ids: list[np.ndarray], first: np.ndarray, mode: str, names: list[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Score texts as score() does, with this model and these settings."""
+        if self.protocol.own_template:
+            texts = zip(ids, first, strict=True)
+            texts = [apply_template(row, start, self.run, mode) for row, start in texts]
+            ids = [row for row, _ in texts]
+            first = np.array([start for _, start in texts])
         return score(
             self.run.model,
             ids,
@@ -260,6 +292,7 @@ class Examiner:
             mode,
             names,
             skip_start=self.protocol.skip_start,
+            absent=self.run.absent,
             batch_tokens=self.batch_tokens,
             dtype=self.dtype,
         )

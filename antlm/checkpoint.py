@@ -149,6 +149,16 @@ class LoadedRun:
         return "+".join([*schedules, self.schedule])
 
     @property
+    def template(self) -> dict[str, bool]:
+        """Whether a start and an end token stand around a text; import_hf.py may say otherwise."""
+        return self.content.get("template", {"start": True, "end": False})
+
+    @property
+    def absent(self) -> list[int]:
+        """Tokens of ours that an imported model does not have."""
+        return self.content.get("absent", [])
+
+    @property
     def block_size(self) -> int:
         return self.settings["block_size"]
 

@@ -21,6 +21,8 @@ class Protocol:
 
     kinds: of choices between texts
     human: whether reading times and the age of acquisition are part of it
+    own_template: around a text stand the special tokens that an imported model's own tokenizer puts
+        there; False: a start token in front of it
     space_in_front: of a text without context; the target after a context then takes its space along
     bare_context: in causal mode, no start token stands in front of a context
     masked_mean: in the masked modes a text counts by the mean over its tokens, not by their sum
@@ -31,6 +33,7 @@ class Protocol:
 
     kinds: tuple[Kind, ...]
     human: bool = True
+    own_template: bool = True
     space_in_front: bool = False
     bare_context: bool = False
     masked_mean: bool = False
@@ -47,6 +50,7 @@ PROTOCOLS = {
     "2024": Protocol(
         kinds=(BLIMP, EWOK_TARGETS),
         human=False,
+        own_template=False,
         space_in_front=True,
         bare_context=True,
         masked_mean=True,

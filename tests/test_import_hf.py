@@ -22,6 +22,7 @@ import export_hf
 import import_hf
 from conftest import train_here
 from safetensors.torch import load_file, save_file
+from small_challenge import write_lines
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -287,6 +288,115 @@ def test_ltg_bert_with_the_names_of_the_reference(tmp_path):
         logits = run.model(tokens, causal=mode == "causal", lengths=lengths)[..., to_ours]
         assert_close(logits, reference[f"{mode}/logits"].float(), 2e-5)
     assert run.schedule == "1_MLM"
+
+
+# [tokens in front, tokens behind] of a text, by the template of a tokenizer
+TEMPLATES = {"nothing": None, "a start": "[BEGIN] $A", "start and end": "[BEGIN] $A [FINISH]"}
+
+
+def put_template(folder: Path, template: str | None):
+    tokenizer = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+    if template is not None:
+        special = [(name, tokenizer.token_to_id(name)) for name in ("[BEGIN]", "[FINISH]")]
+        processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        tokenizer.post_processor = processor
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def save_foreign_ltg_bert(folder: Path, vocab_size: int):
+    """Save a small LTG-BERT with large random weights and its code, and no word of ours."""
+    shutil.copy(exported("ltg").folder / "modeling_ltgbert.py", folder)
+    content = json.loads((exported("ltg").folder / "config.json").read_text())
+    content["vocab_size"] = vocab_size
+    (folder / "config.json").write_text(json.dumps(content))
+    torch.manual_seed(5)
+    hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = transformers.AutoModelForMaskedLM.from_config(hf_config, trust_remote_code=True)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def official_score(model, hf_tokenizer, text: str, start: int, mode: str) -> float:
+    """Score a text's target as the pipelines of 2025 and 2026 do, by the folder's own tokenizer.
+
+    start: character at which the target begins
+    """
+    encoded = hf_tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+    ids = encoded["input_ids"]
+    targets = [i for i, (_, end) in enumerate(encoded["offset_mapping"][0].tolist()) if end > start]
+    total = 0.0
+    for i in targets:
+        if i == 0 and mode != "masked":
+            continue  # nothing predicts the first token
+        asked = ids
+        if mode != "causal":
+            asked = ids.clone()
+            asked[0, i] = hf_tokenizer.mask_token_id
+        log_probs = model(asked).logits[0].log_softmax(-1)
+        place = i if mode == "masked" else i - 1
+        total += log_probs[place, ids[0, i]].item()
+    return total
+
+
+SENTENCES = ["the cat's dogs they'll see", "the garden sleeps, who?", "sleeping 12 dogs"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("backbone", ["babyllama", "ltg_bert"])
+def test_a_foreign_folder_is_scored_as_its_own_tokenizer_and_model_do(tmp_path, backbone, template):
+    """Also though it lacks bytes, and has special tokens of other names."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    hf_tokenizer = train_foreign_tokenizer(folder)
+    put_template(folder, TEMPLATES[template])
+    # of the two forms that files have, transformers reads here the plain one
+    edit(folder / "tokenizer_config.json", {"eos_token": "[FINISH]", "mask_token": "<unk>"})
+    modes = {"causal": "AutoModelForCausalLM"}
+    if backbone == "babyllama":
+        save_foreign_llama(folder, hf_tokenizer.get_vocab_size())
+    else:
+        save_foreign_ltg_bert(folder, hf_tokenizer.get_vocab_size())
+        modes |= dict.fromkeys(("masked", "mntp"), "AutoModelForMaskedLM")
+    run_import(folder, tmp_path / "run")
+
+    # whole texts, and targets after a context that two of them share
+    pairs = [{"sentence_good": text, "sentence_bad": f"{text} dogs"} for text in SENTENCES]
+    write_lines(tmp_path / "tasks" / "pairs" / "a.jsonl", pairs)
+    piqa = []
+    for number, text in enumerate(SENTENCES):
+        solutions = {"solution0": "the dogs", "solution1": "I'M who"}
+        piqa.append({"prompt": text, **solutions, "label": 0, "example_id": f"{number}"})
+    write_lines(tmp_path / "tasks" / "piqa" / "eng_latn.jsonl", piqa)
+    out = tmp_path / "out.json"
+    task = ["--task", str(tmp_path / "tasks"), "--device", "cpu", "--out", str(out)]
+    evaluation.main([str(tmp_path / "run"), *task, "--mode", *modes])
+
+    tasks = json.loads(out.read_text())["tasks"]
+    tokenizer = load_hf("AutoTokenizer", folder)
+    for mode, auto_class in modes.items():
+        model = load_hf(auto_class, folder)
+        scores = tasks["pairs"]["subsets"]["a"]["scores"][mode]
+        for pair, scores_of_pair in zip(pairs, scores, strict=True):
+            for text, score in zip(pair.values(), scores_of_pair, strict=True):
+                expected = official_score(model, tokenizer, text, 0, mode)
+                assert score == pytest.approx(expected, abs=1e-4), (mode, text)
+        scores = tasks["piqa"]["subsets"]["global_piqa_nonparallel"]["scores"][mode]
+        for record, (score, _) in zip(piqa, scores, strict=True):
+            text = f"{record['prompt']} the dogs"
+            start = len(record["prompt"])
+            expected = official_score(model, tokenizer, text, start, mode)
+            n_targets = len(tokenizer(" the dogs", add_special_tokens=False)["input_ids"])
+            assert score == pytest.approx(expected / n_targets, abs=1e-4), (mode, text)
+
+
+@pytest.mark.parametrize("side", ["[BEGIN] [BEGIN] $A", "$A [FINISH] [FINISH]"])
+def test_two_tokens_on_one_side_of_a_text_are_refused(tmp_path, side):
+    train_foreign_tokenizer(tmp_path)
+    put_template(tmp_path, side)
+    save_foreign_llama(tmp_path, 700)
+    assert "around a text; one token each is supported" in refusal(tmp_path, tmp_path / "run")
 
 
 def test_a_foreign_run_can_be_scored(tmp_path):

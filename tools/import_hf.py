@@ -7,11 +7,12 @@ Reads LlamaForCausalLM and LTG-BERT (of tools/export_hf.py, or of the reference 
 a byte-level BPE tokenizer. No code in the folder is run. Needs safetensors.
 
 What changes: ids are numbered as prepare.py numbers them (special tokens, bytes, merges, the rest).
-A special token or byte that the folder lacks gets the mean of all rows, which takes at most
-1 / vocabulary from the probability of any token (Jensen). A start token stands in front of every
-text, and a newline is always a token of its own. Not done to a text, though the folder may ask for
-it: NFC or NFKC normalization (ASCII is the same in both), a space in front (eval.py --protocol 2024
-puts one), looking for added tokens in it, and merges that make a token which another merge makes.
+A special token or byte that the folder lacks gets the mean of all rows; eval.py gives it no
+probability and leaves it out of texts. eval.py also puts the tokens around a text that the folder's
+tokenizer puts there, if any; the other programs put a start token in front of it. A newline is
+always a token of its own. Not done to a text, though the folder may ask for it: NFC or NFKC
+normalization (ASCII is the same in both), a space in front (eval.py --protocol 2024 puts one),
+looking for added tokens in it, and merges that make a token which another merge makes.
 """
 
 import argparse
@@ -207,16 +208,43 @@ def find_boundary(content: dict, path: Path) -> str:
     return "line" if NEWLINE_TO_START in steps else "document"
 
 
-def find_special(folder: Path, ids: dict[str, int]) -> dict[str, int]:
+def find_template(content: dict, path: Path) -> dict[str, str | None]:
+    """Return the tokens that a tokenizer.json puts in front of a text and behind it, or None.
+
+    By the names of ours whose part they play. Raises UserError for more than one on a side.
+    """
+    processor = content.get("post_processor") or {}
+    template = {"<s>": None, "</s>": None}
+    for step in processor.get("processors", [processor]):
+        before = []
+        after = []
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            before = [step["cls"][0]]
+            after = [step["sep"][0]]
+        elif step.get("type") == "TemplateProcessing":
+            names = [piece.get("SpecialToken", {}).get("id") for piece in step["single"]]
+            place = names.index(None)  # of the text
+            before = names[:place]
+            after = names[place + 1 :]
+        ok = len(before) <= 1 and len(after) <= 1
+        require(ok, f"{path}: puts {before} and {after} around a text; one token each is supported")
+        if before:
+            template["<s>"] = before[0]
+        if after:
+            template["</s>"] = after[0]
+    return template
+
+
+def find_special(folder: Path, ids: dict[str, int], template: dict) -> dict[str, int]:
     """Return the folder's id for each of our special tokens that it has; no id plays two parts.
 
-    ids: of all the folder's tokens
+    ids: of all the folder's tokens; template: as find_template returns it
     """
     named = read_json(folder / "special_tokens_map.json", optional=True)
     named |= read_json(folder / "tokenizer_config.json", optional=True)
     special = {}
     for token, roles in ROLES.items():
-        for candidate in (*[named.get(role) for role in roles], token):
+        for candidate in (template.get(token), *[named.get(role) for role in roles], token):
             if isinstance(candidate, dict):
                 candidate = candidate["content"]
             if candidate in ids and ids[candidate] not in special.values():
@@ -226,7 +254,7 @@ def find_special(folder: Path, ids: dict[str, int]) -> dict[str, int]:
 
 
 def translate_tokenizer(folder: Path, vocab_size: int, boundary: str | None):
-    """Return our tokenizer.json for the folder's, its ids in our order, and the boundary.
+    """Return our tokenizer.json for the folder's, its ids in our order, boundary and template.
 
     boundary: what export_hf.py noted, or None
     The ids of the folder stand in the order of ours, None where it lacks a token of ours; at the
@@ -235,6 +263,7 @@ def translate_tokenizer(folder: Path, vocab_size: int, boundary: str | None):
     path = folder / "tokenizer.json"
     content = read_json(path)
     likely_boundary = find_boundary(content, path)
+    template = find_template(content, path)
 
     # of two merges that make the same token the first counts
     first = {}
@@ -243,7 +272,7 @@ def translate_tokenizer(folder: Path, vocab_size: int, boundary: str | None):
     merges = list(first.values())
     vocab = content["model"]["vocab"]
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    special = find_special(folder, vocab | added)
+    special = find_special(folder, vocab | added, template)
 
     # export_hf.py has called the newline <s> where it opened texts
     newline = byte_alphabet()[ord("\n")]
@@ -270,7 +299,7 @@ def translate_tokenizer(folder: Path, vocab_size: int, boundary: str | None):
     if absent:
         print(f"note: the folder has no {', '.join(absent)}; added with the mean of all rows")
     rest = sorted(set(range(vocab_size)) - known)
-    return renumbered, old_ids + rest, boundary or likely_boundary
+    return renumbered, old_ids + rest, boundary or likely_boundary, template
 
 
 def reorder_rows(rows: Tensor, old_ids: list) -> Tensor:
@@ -290,7 +319,7 @@ def import_folder(folder: Path, out: Path) -> Path:
     path, tensors = read_weights(folder)
     weights = translate_weights(tensors, config, path)
     exported = read_json(folder / "antlm.json", optional=True)  # what export_hf.py noted
-    tokenizer, old_ids, boundary = translate_tokenizer(
+    tokenizer, old_ids, boundary, template = translate_tokenizer(
         folder, config.vocab_size, exported.get("boundary")
     )
 
@@ -319,6 +348,9 @@ def import_folder(folder: Path, out: Path) -> Path:
         "history": exported.get("history", []),
         "optimizer": [],
         "boundary": boundary,
+        # by these eval.py asks the model as its own tokenizer would
+        "template": {"start": template["<s>"] is not None, "end": template["</s>"] is not None},
+        "absent": [number for number, old_id in enumerate(old_ids) if old_id is None],
         "tokens_sha256": exported.get("tokens_sha256"),
     }
     if not exported:
