@@ -163,8 +163,10 @@ class LlamaEmbedding(nn.Module):
         # pair i of a head turns by position * 10000^(-2i / d); in float32 also under autocast,
         # since bfloat16 cannot tell positions beyond 256 apart
         position = torch.arange(start, start + tokens.size(1), device=device).float()
-        exponent = -torch.arange(0, self.head_size, 2, device=device) / self.head_size
-        angle = torch.outer(position, 10000.0**exponent)
+        exponent = torch.arange(0, self.head_size, 2, device=device) / self.head_size
+        # a power and a division, as in Hugging Face: 10000^-x rounds otherwise, and at position 250
+        # the last bit of a frequency is an angle of 1.5e-5
+        angle = torch.outer(position, 1 / 10000.0**exponent)
         return self.tokens(tokens), (angle.cos(), angle.sin())
 
 

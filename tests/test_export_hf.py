@@ -887,6 +887,25 @@ def test_the_commands_that_push_each_folder_as_a_branch_are_printed(tmp_path, ca
         assert (out / branch / "config.json").exists()
 
 
+@pytest.mark.parametrize("head_size", [24, 64])
+def test_rotary_angles_are_those_of_hugging_face_to_the_last_bit(head_size):
+    hf_config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=2 * head_size,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    frequencies = transformers.LlamaModel(hf_config).rotary_emb.inv_freq
+    sizes = dict(n_layer=1, n_head=2, n_embd=2 * head_size, n_ff=8)
+    model_config = model_module.ModelConfig("babyllama", 300, **sizes)
+    embedding = model_module.Transformer(model_config).embedding
+    _, (cos, sin) = embedding(torch.zeros(1, 400, dtype=torch.long), 0)
+    angles = torch.arange(400.0)[:, None] * frequencies
+    assert torch.equal(cos, angles.cos())
+    assert torch.equal(sin, angles.sin())
+
+
 # ------------------------------------------------------------------------------------------- cards
 
 
