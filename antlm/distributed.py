@@ -224,6 +224,11 @@ def leave(processes: Processes, code: int):
     """End this process once all have come to their end."""
     if processes.world > 1:
         dist.destroy_process_group()
+        # While Python takes itself apart, a thread of torch (2.13) that is still there aborts the
+        # process now and then, and torchrun reports a failure of a run that is complete.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if code:
         sys.exit(code)
 
