@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from antlm.files import Progress
 from antlm.tokenizer import Tokenizer
 from babylm.reading import csv_rows, read_number, read_text
 from babylm.tasks import is_text
@@ -219,13 +220,15 @@ def score(
 
     words_seen = sorted(surprisals)
     curves = {}
-    for word, numbers in numbers_of.items():
+    progress = Progress("fitting the ages of words", len(numbers_of))
+    for n_done, (word, numbers) in enumerate(numbers_of.items(), start=1):
         means = [float(np.asarray(surprisals[seen])[numbers].mean()) for seen in words_seen]
         child_age = None
         if word in children:
             child_age = age_of_children(children[word])
         model_age = age_of_model(words_seen, means, n_tokens[word], vocab_size)
         curves[word] = Curve(means, model_age, child_age)
+        progress(n_done)
 
     # the words that both have learnt
     learnt = [c for c in curves.values() if c.model_age is not None and c.child_age is not None]

@@ -273,7 +273,6 @@ def collect(sets: Sets, jobs: Jobs, tokenizer: Tokenizer, args: argparse.Namespa
         scored.glue[task] = next(iter(result["tasks"][task]["seeds"].values()))
 
     if scored.surprisals and YEARS[args.year].scores_age:
-        print("fitting the age at which each word is learnt", flush=True)
         n_tokens = {pair.word: aoa.count_tokens(pair.word, tokenizer) for pair in sets.pairs}
         children = sets.read_children()
         size = tokenizer.vocab_size
