@@ -102,6 +102,7 @@ CHOICE = 3  # which spans are hidden
 KIND = 4  # mask, random token or left as it is
 TOKEN = 5  # the random token
 DROPOUT = 6  # the generator of a forward pass
+RATE = 7  # how much of a row masked diffusion hides
 
 
 def dropout_seed(seed: int, step: int, objective: "Objective", index: int) -> int:
@@ -115,7 +116,7 @@ def dropout_seed(seed: int, step: int, objective: "Objective", index: int) -> in
 
 @dataclass
 class Rows:
-    """Rows of one optimizer step, before anything is asked of them.
+    """Rows of one optimizer step of an epoch, before anything is asked of them.
 
     tokens, following: (R, T) the token at each position and the one after it
     inside: (R, T) False past the end of the epoch, where nothing is scored
@@ -130,6 +131,7 @@ class Rows:
     place: np.ndarray
     seed: int
     epoch: int
+    step: int
 
     def random(self, purpose: int, key: np.ndarray) -> np.ndarray:
         """Return random bits of (seed, epoch, row, purpose, key)."""
@@ -166,9 +168,15 @@ class Batch:
     weights: np.ndarray | None = None
 
     @property
-    def n_scored(self) -> int:
-        """Number of targets that are scored: what the summed loss is divided by."""
-        return int((self.targets != IGNORE).sum())
+    def n_scored(self) -> float:
+        """Number of targets that are scored, each counted with its weight.
+
+        What the summed loss is divided by.
+        """
+        scored = self.targets != IGNORE
+        if self.weights is None:
+            return float(scored.sum())
+        return float(self.weights[scored].sum(dtype=np.float64))
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """Return the fields that are not None as tensors on a device, by name."""
@@ -210,6 +218,28 @@ def mntp(rows: Rows, hiding: Hiding) -> Batch:
     return Batch(tokens, place_targets(rows, before, original, hidden), scored=before)
 
 
+def mdlm(rows: Rows, hiding: Hiding) -> Batch:
+    """Masked diffusion: predict hidden tokens where they stood, of rows hidden more or less.
+
+    The loss of a row x of L tokens is 1/l * sum(-log p(x_i | rest) over the l hidden i), where
+    every l from 1 to L is equally likely: on average a bound of -log p(x), per token.
+    Source: Sahoo et al. 2024 (MDLM), and Nie et al. 2025 (LLaDA) for the form in which the number
+    of hidden tokens is drawn.
+    """
+    hidden, weights = diffuse(rows)
+    tokens = np.where(hidden, MASK, rows.tokens)
+    return Batch(tokens, np.where(hidden, rows.tokens, IGNORE), weights=weights)
+
+
+def mdntp(rows: Rows, hiding: Hiding) -> Batch:
+    """Masked diffusion read one position earlier, as MNTP is, so that it goes well with CLM."""
+    hidden, weights = diffuse(rows, first=1)
+    tokens = np.where(hidden, MASK, rows.tokens)
+    targets = np.where(hidden, rows.tokens, IGNORE)
+    # a row's first token is never hidden, so that nothing comes round to the last position
+    return Batch(tokens, np.roll(targets, -1, axis=1), weights=np.roll(weights, -1, axis=1))
+
+
 class Objective(NamedTuple):
     """What training asks of the rows.
 
@@ -233,6 +263,8 @@ OBJECTIVES = {
     "CLM": Objective(clm, causal=True, mode="causal", max_rate=0.0, seed=0),
     "MLM": Objective(mlm, causal=False, mode="masked", max_rate=None, seed=1),
     "MNTP": Objective(mntp, causal=False, mode="mntp", max_rate=None, seed=2),
+    "MDLM": Objective(mdlm, causal=False, mode="masked", max_rate=1.0, seed=4),
+    "MDNTP": Objective(mdntp, causal=False, mode="mntp", max_rate=1.0, seed=5),
 }
 
 
@@ -307,6 +339,35 @@ def place_targets(rows: Rows, position: np.ndarray, original: np.ndarray, hidden
     return targets
 
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+def diffuse(rows: Rows, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Choose which tokens masked diffusion hides, never special ones nor those before `first`.
+
+    Returns (R, T) whether a token is hidden, and the weight of its loss: L / l where l of the L
+    tokens of its row are, so that every token counts 1 on average.
+    """
+    position = np.arange(rows.tokens.shape[1])
+    hideable = rows.inside & (rows.tokens >= len(SPECIAL)) & (position >= first)  # (R, T)
+
+    # How much of a row is hidden: multiples of the golden ratio, from a random start, lie evenly
+    # in [0, 1) for any run of rows. Drawn one by one, few rows would be all nearly open by chance.
+    start = uniform(hash64(rows.seed, rows.epoch, RATE, rows.step))
+    rate = (start + rows.place * GOLDEN_RATIO) % 1  # (R,)
+    n_hideable = hideable.sum(axis=1)
+    n_hidden = np.minimum(1 + np.floor(rate * n_hideable), n_hideable)
+
+    # shuffle the tokens and hide the first ones; those that must not be hidden come last
+    order = rows.random(CHOICE, position) >> np.uint64(1)
+    order = np.where(hideable, order, np.uint64(1 << 63))
+    rank = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1)
+    hidden = rank < n_hidden[:, None]
+
+    weight = n_hideable / np.maximum(n_hidden, 1)
+    return hidden, np.where(hidden, weight[:, None], 0).astype(np.float32)
+
+
 # ------------------------------------------------------------------------------------ which tokens
 
 
@@ -315,13 +376,13 @@ class MicroBatch:
     """The rows of one forward pass of one process.
 
     index: its number among the parts of its objective in the step, over all processes
-    n_scored: number of targets that are scored
+    n_scored: number of targets that are scored, each counted with its weight
     """
 
     objective: str
     index: int
     batch: Batch
-    n_scored: int
+    n_scored: float
 
 
 class Batches:
@@ -405,7 +466,7 @@ class Batches:
         place_in_text = position + self.offset(epoch)
         tokens = self.ids[place_in_text % len(self.ids)].astype(np.int64)
         following = self.ids[(place_in_text + 1) % len(self.ids)].astype(np.int64)
-        return Rows(tokens, following, inside, number, place, self.seed, epoch)
+        return Rows(tokens, following, inside, number, place, self.seed, epoch, step)
 
     def batch(
         self, objective: str, epoch: int, step: int, place: np.ndarray, mask_rate: float

@@ -452,7 +452,7 @@ class Transformer(nn.Module):
 
         tokens, targets: (B, T); a target of IGNORE is not scored, and nothing is shifted here
         scored: (B, K) only these positions pass through the vocabulary head; logits are (B, K, V)
-        weights: (B, T) factor of each target's loss
+        weights: (B, T) factor of each target's loss, with which it is counted, too
         lengths: (B,) keys from there on are padding
         cache: n_layer lists, filled in place; tokens follow those of earlier calls (causal only)
         with_logits: return the logits behind loss and count, too
@@ -485,7 +485,8 @@ class Transformer(nn.Module):
             return vocab(x)
         # a sum and a count: only the caller knows how many tokens the whole step scores
         loss = ops.vocabulary_loss(x, vocab.weight, vocab.bias, targets, weights)
-        count = (targets != IGNORE).sum()
+        scored_targets = targets != IGNORE
+        count = scored_targets.sum() if weights is None else (weights * scored_targets).sum()
         if with_logits:
             return loss, count, vocab(x)
         return loss, count

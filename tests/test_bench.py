@@ -17,7 +17,7 @@ from config import UserError
 from data import OBJECTIVES, Batches
 from model import BACKBONES, ModelConfig, Transformer
 from tools import bench
-from tools.peers import HuggingFaceLlama, PlainLTGBert
+from tools.peers import HuggingFaceLlama, PlainLTGBert, sum_and_count
 from train import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,14 @@ def test_the_plain_ltg_bert_computes_the_same_loss_and_gradients(objective):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for gradient, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_losses_of_a_peer_count_with_their_weights():
+    losses = torch.tensor([1.0, 2.0, 4.0])
+    scored = torch.tensor([1.0, 0.0, 1.0])
+    weights = torch.tensor([[0.5, 9.0, 3.0]])
+    assert [x.item() for x in sum_and_count(losses, scored, None)] == [5.0, 2.0]
+    assert [x.item() for x in sum_and_count(losses, scored, weights)] == [12.5, 3.5]
 
 
 @pytest.mark.slow  # transformers takes seconds to import

@@ -26,6 +26,7 @@ from data import OBJECTIVES, Batch, Batches, Objective, Rows, find_objectives
 from schedule import parse
 
 MASKED = [name for name, objective in OBJECTIVES.items() if objective.max_rate != 0]
+DIFFUSION = ["MDLM", "MDNTP"]
 
 # ----------------------------------------------------------------------------------- corpus folders
 
@@ -122,10 +123,14 @@ def whole_epoch(batches: Batches, objective: str, epoch: int = 0, rate: float = 
     scored = None
     if parts[0].scored is not None:
         scored = np.concatenate([part.scored for part in parts])
+    weights = None
+    if parts[0].weights is not None:
+        weights = np.concatenate([part.weights for part in parts])
     return Batch(
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.targets for part in parts]),
         scored,
+        weights,
     )
 
 
@@ -183,15 +188,20 @@ def test_an_epoch_is_the_same_whatever_was_asked_before():
 
 @pytest.mark.parametrize("objective", MASKED)
 def test_what_is_hidden_is_new_in_each_epoch_and_seed(objective):
+    # diffusion hides half of all tokens
+    by_chance = 0.5 if objective in DIFFUSION else 0.15
     runs = []
     for seed, epoch in itertools.product(range(2), range(3)):
         batches = make_batches(counting(64 * 64), block_size=64, seed=seed)
         targets = whole_epoch(batches, objective, epoch).targets
-        patterns = {row.tobytes() for row in targets != IGNORE}
+        # among patterns of few tokens, or of nearly all, some are the same by chance
+        hidden = [row for row in targets != IGNORE if 5 < row.sum() < 59]
+        patterns = {row.tobytes() for row in hidden}
         runs.append((patterns, set(targets[targets != IGNORE].tolist())))
     for (patterns, ids), (other_patterns, other_ids) in itertools.combinations(runs, 2):
+        assert len(patterns) > 50
         assert not patterns & other_patterns  # no row has the pattern of another
-        assert len(ids & other_ids) < 0.25 * len(ids)  # by chance 15%
+        assert len(ids & other_ids) < (by_chance + 0.1) * len(ids)
 
 
 SPLITS = {
@@ -256,7 +266,10 @@ def test_micro_batches_hold_every_row_once(text, batch_rows, micro_rows, world):
         assert (len(parts) - world) * micro_rows < n_rows  # and no more parts than needed
         n_filler = sum(len(part.batch.tokens) for part in parts) - n_rows
         assert n_filler < len(parts)  # nor more rows
-        assert all(part.n_scored == (part.batch.targets != IGNORE).sum() for part in parts)
+        for part in parts:
+            scored = part.batch.targets != IGNORE
+            weights = 1 if part.batch.weights is None else part.batch.weights
+            assert part.n_scored == pytest.approx((scored * weights).sum())
         if objective == "CLM":
             rows = np.concatenate(
                 [part.batch.tokens[part.batch.targets[:, 0] > 0] for part in parts]
@@ -303,7 +316,7 @@ def test_what_is_asked_of_a_row_stands_nowhere_else_in_it(objective, n_tokens):
         # and the row that is asked about holds its own tokens only
         batch = batches.batch(objective, epoch, 0, np.arange(min(4, batches.n_rows)), 0.15)
         assert batch.tokens.shape == rows.tokens.shape
-        assert batch.n_scored <= n_tokens
+        assert round(batch.n_scored, 3) <= n_tokens
 
 
 def test_a_vocabulary_of_70000_fits():
@@ -341,7 +354,7 @@ def test_targets_are_the_originals_and_nothing_else_changes(objective, span):
     assert (batch.tokens < 12).all()
 
 
-@pytest.mark.parametrize("objective", MASKED)
+@pytest.mark.parametrize("objective", ["MLM", "MNTP"])
 @pytest.mark.parametrize("n", [64 * 20, 64 * 20 + 3, 64 * 20 + 8, 40, 3])
 def test_scored_names_each_target_once(objective, n):
     batches = make_batches(sample(n, 90, special=0.1), block_size=64, batch_rows=4)
@@ -353,6 +366,86 @@ def test_scored_names_each_target_once(objective, n):
         assert all(len(set(row)) == len(row) for row in batch.scored.tolist())
         at_scored = np.take_along_axis(batch.targets, batch.scored, 1)
         assert (at_scored != IGNORE).sum() == batch.n_scored
+
+
+def hidden_of(objective: str, batch: Batch, plain: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Return which tokens are hidden and their weights, both where the tokens stand."""
+    scored = batch.targets != IGNORE
+    weights = batch.weights
+    if objective == "MDNTP":  # position t holds what is asked of t + 1
+        assert not scored[:, -1].any()
+        scored = np.roll(scored, 1, axis=1)
+        weights = np.roll(weights, 1, axis=1)
+        originals = np.roll(batch.targets, 1, axis=1)
+    else:
+        originals = batch.targets
+    assert np.array_equal(originals[scored], plain.tokens[scored])
+    return scored, weights
+
+
+@pytest.mark.parametrize("objective", DIFFUSION)
+def test_diffusion_hides_tokens_behind_the_mask_and_nothing_else(objective):
+    batches = make_batches(sample(5003, 12, special=0.25), vocab_size=12, block_size=32)
+    plain = whole_epoch(batches, "CLM", 1)
+    batch = whole_epoch(batches, objective, 1)
+    hidden, weights = hidden_of(objective, batch, plain)
+    assert (batch.tokens[hidden] == MASK).all()
+    assert np.array_equal(batch.tokens[~hidden], plain.tokens[~hidden])
+    assert (plain.tokens[hidden] > MASK).all()  # no special token is hidden
+    assert not hidden[plain.targets == IGNORE].any()
+
+    # l of the L tokens of a row that may be hidden are, and each of them counts L / l
+    hideable = (plain.tokens > MASK) & (plain.targets != IGNORE)
+    if objective == "MDNTP":
+        hideable[:, 0] = False
+    for row, row_weights, may in zip(hidden, weights, hideable, strict=True):
+        if may.any():
+            assert row.sum() >= 1
+            assert row_weights[row] == pytest.approx(may.sum() / row.sum())
+        assert not row_weights[~row].any()
+    assert batch.n_scored == pytest.approx(hideable.sum())
+
+
+@pytest.mark.parametrize("objective", DIFFUSION)
+def test_in_diffusion_a_token_counts_one_on_average(objective):
+    batches = make_batches(counting(8 * 16), block_size=8, batch_rows=16)
+    total = np.zeros(8)
+    epochs = 1000
+    for epoch in range(epochs):
+        batch = batches.batch(objective, epoch, 0, np.arange(16), 0.15)
+        total += batch.weights.sum(axis=0)
+    expected = np.ones(8)
+    if objective == "MDNTP":
+        expected[-1] = 0
+    # a token's weight has a standard deviation below 2
+    assert total / epochs / 16 == pytest.approx(expected, abs=5 * 2 / math.sqrt(16 * epochs))
+
+
+@pytest.mark.parametrize("places", [range(16), range(5, 13), range(100, 356)])
+def test_in_diffusion_the_rows_of_a_step_are_hidden_to_all_degrees(places):
+    batches = make_batches(counting(1000 * 400), block_size=1000, batch_rows=400)
+    for step, epoch in itertools.product((0,), range(20)):
+        batch = batches.batch("MDLM", epoch, step, np.array(places), 0.15)
+        shares = np.sort((batch.targets != IGNORE).mean(axis=1))
+        n = len(shares)
+        # no gap is much wider than between shares at equal distances
+        assert np.diff(shares, prepend=0, append=1).max() < 3 / n
+        assert np.abs(shares - (np.arange(n) + 0.5) / n).max() < 2.5 / n
+
+
+def test_a_row_of_diffusion_by_hand():
+    """Three of four tokens may be hidden: l = 1, 2 or 3 of them, alike often, each with 3 / l."""
+    ids = np.array([START, 7, 8, 9], np.uint16)
+    batches = make_batches(ids, block_size=4, batch_rows=1)
+    numbers = []
+    for epoch in range(300):
+        batch = batches.batch("MDLM", epoch, 0, np.arange(1), 0.15)
+        n = int((batch.tokens == MASK).sum())
+        numbers.append(n)
+        assert START in batch.tokens
+        assert sorted(batch.weights[0].tolist()) == pytest.approx([0] * (4 - n) + [3 / n] * n)
+    for n in (1, 2, 3):
+        assert numbers.count(n) == pytest.approx(100, abs=30)
 
 
 @pytest.mark.parametrize("objective", ["MLM", "MNTP"])

@@ -196,7 +196,7 @@ def test_the_objective_of_the_readme_makes_batches():
     tokens = np.arange(10, 18)[None]
     inside = np.ones((1, 8), bool)
     zero = np.zeros(1, np.int64)
-    rows = data.Rows(tokens, tokens + 1, inside, zero[:, None], zero, seed=1, epoch=0)
+    rows = data.Rows(tokens, tokens + 1, inside, zero[:, None], zero, seed=1, epoch=0, step=0)
     hiding = data.Hiding(rate=0.0, span=1.0, slots=0, vocab_size=32)
     batch = namespace["OBJECTIVES"][name].build(rows, hiding)
     assert batch.targets.tolist() == [[data.IGNORE] * 4 + [15, 16, 17, 18]]

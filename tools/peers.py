@@ -13,6 +13,16 @@ from model import Transformer, bare_norm
 from train import Settings
 
 
+def sum_and_count(losses: Tensor, scored: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the summed losses and their number, each with its weight, as Transformer.forward does.
+
+    losses (N,); scored (N,) 1 where a loss counts, else 0; weights: N in any shape, None: all alike
+    """
+    if weights is not None:
+        scored = scored * weights.flatten()
+    return (losses * scored).sum(), scored.sum()
+
+
 class HuggingFaceLlama(nn.Module):
     """Peer of BabyLlama: same sizes, logits at every position, the loss summed as ours is."""
 
@@ -34,7 +44,7 @@ class HuggingFaceLlama(nn.Module):
             )
         )
 
-    def forward(self, tokens: Tensor, targets: Tensor, *, causal: bool, scored=None):
+    def forward(self, tokens: Tensor, targets: Tensor, *, causal: bool, scored=None, weights=None):
         mask = None
         if not causal:
             T = tokens.size(1)
@@ -42,8 +52,8 @@ class HuggingFaceLlama(nn.Module):
                 1, 1, T, T, device=tokens.device
             )  # added to the scores: hides nothing
         logits = self.llama(tokens, attention_mask=mask).logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        return loss, (targets != IGNORE).sum()
+        losses = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=IGNORE)
+        return sum_and_count(losses, (targets != IGNORE).flatten().float(), weights)
 
 
 class PlainLTGBert(Transformer):
@@ -59,7 +69,7 @@ class PlainLTGBert(Transformer):
     def __init__(self, settings: Settings, vocab_size: int):
         super().__init__(settings.model_config(vocab_size))
 
-    def forward(self, tokens: Tensor, targets: Tensor, *, causal: bool, scored=None):
+    def forward(self, tokens: Tensor, targets: Tensor, *, causal: bool, scored=None, weights=None):
         x, (table, _) = self.embedding(tokens, 0)
         position = torch.arange(tokens.size(1), device=tokens.device)
         furthest = self.embedding.max_distance
@@ -73,8 +83,9 @@ class PlainLTGBert(Transformer):
 
         chosen = (targets != IGNORE).flatten().nonzero().squeeze(-1)
         logits = self.head.vocab(self.head(x.flatten(0, 1)[chosen])).float()
-        loss = F.cross_entropy(logits, targets.flatten()[chosen], reduction="sum")
-        return loss, len(chosen)
+        losses = F.cross_entropy(logits, targets.flatten()[chosen], reduction="none")
+        weights = None if weights is None else weights.flatten()[chosen]
+        return sum_and_count(losses, torch.ones_like(losses), weights)
 
     def attention(self, block, x: Tensor, table: Tensor, index: Tensor, causal: bool) -> Tensor:
         # queries and keys of the tokens (B, T, H, d) and of their distances (T, T, H, d)
