@@ -109,6 +109,23 @@ def plot_colour(colour: str, alpha: float) -> tuple:
     return to_rgba(colour, alpha)
 
 
+def test_what_a_phase_does_to_an_objective_of_others_is_a_number(tmp_path, capsys):
+    metrics = [*METRICS, {"epoch": 3.0, "dev": {"CLM": 7.25, "MLM": 5.0, "MNTP": 7.5}}]
+    metrics += [{"epoch": 4.0, "dev": {"CLM": 5.0, "MLM": 6.5, "MNTP": 4.0}}]
+    run = make_run(tmp_path / "run", metrics=metrics)
+    plot.main([str(run)])
+    # the first phase has nothing before it
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == [
+        f"{run}: over 2_MLM the dev loss of CLM 6.500 to 7.250 (+0.750)",
+        f"{run}: over 2_MLM the dev loss of MNTP 8.750 to 7.500 (-1.250)",
+        f"{run}: over 1_1CLM:3MNTP the dev loss of MLM 5.000 to 6.500 (+1.500)",
+    ]
+    above, _ = plot.draw_training([plot.read_training(str(run))]).axes
+    changes = [text.get_text() for text in above.texts if text.get_text()[0] in "+-"]
+    assert changes == ["+0.75", "-1.25", "+1.50"]
+
+
 def test_runs_of_one_schedule_share_a_column(tmp_path):
     figure = draw(
         make_run(tmp_path / "seed1"),
@@ -147,7 +164,8 @@ def test_names_of_phases_never_overlap(tmp_path, schedule, n_names):
         make_run(tmp_path / "2", schedule="2_MLM"),
     )
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    texts = [text for text in figure.axes[0].texts if text.get_text()[0] not in "+-"]
+    boxes = [text.get_window_extent() for text in texts]
     assert len(boxes) == n_names
     assert all(left.x1 <= right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
     title = figure.axes[0]._left_title.get_window_extent()

@@ -369,9 +369,14 @@ def measure(spec: Spec, run: Run, items: dict[str, str]) -> dict[str, float]:
     Raises UserError if this run was scored on others.
     """
     numbers = {}
-    for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        for objective, loss in json.loads(line).get("dev", {}).items():
-            numbers[f"dev loss {objective}"] = loss  # the last one counts
+    training = plot.read_training(run.folder)
+    for objective, loss in training.dev[-1][1].items():
+        numbers[f"dev loss {objective}"] = loss
+    # what alternation costs: the rises of an objective's loss in phases that do not train it
+    for forgetting in plot.find_forgetting(training):
+        name = f"dev loss {forgetting.objective} forgotten"
+        change = forgetting.after - forgetting.before
+        numbers[name] = numbers.get(name, 0.0) + change
     # arms are comparable only on the same items
     for file in run.results.values():
         for task, result in read_result(file)["tasks"].items():

@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -73,6 +74,40 @@ def read_training(path: str) -> Training:
     if not training.train:
         raise UserError(f"{metrics}: no losses yet; the first comes after log_every steps")
     return training
+
+
+class Forgetting(NamedTuple):
+    """What a phase did to an objective that it does not train: the dev loss before and after it."""
+
+    phase: str
+    end: int  # epoch
+    objective: str
+    before: float
+    after: float
+
+    def __str__(self):
+        change = self.after - self.before
+        return f"{self.objective} {self.before:.3f} to {self.after:.3f} ({change:+.3f})"
+
+
+def find_forgetting(training: Training) -> list[Forgetting]:
+    """Return what each phase but the first did to the objectives that it does not train.
+
+    A phase without an evaluation at both of its ends is left out.
+    """
+    dev_at = dict(training.dev)
+    results = []
+    start = 0
+    for phase in parse(training.schedule):
+        end = start + phase.epochs
+        before = dev_at.get(start, {})
+        after = dev_at.get(end, {})
+        for objective in before:
+            if objective in after and objective not in phase.objectives:
+                losses = (before[objective], after[objective])
+                results.append(Forgetting(str(phase), end, objective, *losses))
+        start = end
+    return results
 
 
 def series(entries: list[tuple[float, dict]], objective: str) -> tuple[list, list]:
@@ -184,6 +219,17 @@ def draw_run(above, below, run: Training, name: str, dashes: str, colours: dict[
         above.plot(epochs, losses, dashes, color=colour, linewidth=1.6, marker=marker, markersize=3)
         if losses:
             last += f"  {objective} {losses[-1]:.2f}"
+    # by how much a phase raised the loss of what it does not train
+    for forgetting in find_forgetting(run):
+        above.annotate(
+            f"{forgetting.after - forgetting.before:+.2f}",
+            (forgetting.end, forgetting.after),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+            color=colours[forgetting.objective],
+        )
     epochs, rates = zip(*run.lr, strict=True)
     below.plot(epochs, rates, dashes, color="black", linewidth=1.2, label=name + last)
 
@@ -278,6 +324,9 @@ def main(argv: list[str] | None = None):
         raise UserError(f"{out}: cannot be written; --out must end in {', '.join(SUFFIXES)}")
     save_figure(draw_training(runs), out, dpi=200)
     print(f"wrote {out}")
+    for run in runs:
+        for forgetting in find_forgetting(run):
+            print(f"{run.folder}: over {forgetting.phase} the dev loss of {forgetting}")
 
 
 if __name__ == "__main__":
