@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from antlm.checkpoint import LoadedRun, checkpoints, load_run
+from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, checkpoints, load_run
 from antlm.distributed import find_device
 from antlm.files import Progress
 from antlm.program import clean_exit
@@ -369,6 +369,8 @@ def result_name(args: argparse.Namespace, step: int) -> str:
     parts += args.mode or []
     if args.protocol != DEFAULT_PROTOCOL:
         parts.append(args.protocol)
+    if args.weights != WEIGHTS[0]:
+        parts.append(args.weights)
     if args.dtype != "float32":
         parts.append(args.dtype)
     if args.limit > 0:
@@ -398,9 +400,8 @@ def score_checkpoint(
     path: str | Path, tasks: Tasks, human: Human, device: torch.device, args: argparse.Namespace
 ) -> dict:
     """Score one checkpoint on all tasks, write its result file and print its tables."""
-    run = load_run(path, device)
-    backbone = run.model.config.backbone
-    print(f"{run.path}: step {run.step} of {run.schedule}, {backbone}; {args.dtype} on {device}")
+    run = load_run(path, device, args.weights)
+    print(f"{run.describe()}; {args.dtype} on {device}")
 
     # find out now what cannot work later
     out = Path(args.out or run.path.parent / result_name(args, run.step))
@@ -420,6 +421,7 @@ def score_checkpoint(
     result = {
         "checkpoint": str(run.path),
         "step": run.step,
+        "weights": run.weights,
         "words": words,
         "schedule": run.schedule,
         "config": run.content["config"],
@@ -492,6 +494,7 @@ def main(argv: list[str] | None = None):
     )
     add("--mode", nargs="+", choices=MODES, help="default: those that the model was trained for")
     add("--protocol", default=DEFAULT_PROTOCOL, choices=PROTOCOLS, help="default: %(default)s")
+    add("--weights", default=WEIGHTS[0], choices=WEIGHTS, help=WEIGHTS_HELP)
     add("--limit", type=int, default=0, help="items of each file, 0: all; default: %(default)s")
     add("--out", help="result file; default: eval_TASK_STEP.json beside the checkpoint")
     add(

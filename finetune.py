@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import config
-from antlm.checkpoint import LoadedRun, file_sha256, load_run
+from antlm.checkpoint import WEIGHTS, LoadedRun, file_sha256, load_run
 from antlm.distributed import find_device
 from antlm.program import clean_exit
 from antlm.tokenizer import PAD
@@ -44,7 +44,7 @@ from model import Transformer
 from schedule import cosine
 
 # What cannot differ between the tasks of one call.
-SHARED = ("tasks", "task_settings", "out", "device")
+SHARED = ("tasks", "task_settings", "out", "weights", "device")
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Settings:
     task_settings: dict = field(default_factory=dict)  # in a file: {"wsc": dict(epochs=30)}
     seeds: tuple = ("12",)  # of head, order and dropout; several give mean and deviation
     out: str = ""  # result file; empty: glue_STEP.json beside the checkpoint
+    weights: str = "average"  # of the run's average_share, where there is one | last
     # what the model sees
     mask: str = "auto"  # full | causal | auto: full if the model was trained with MLM or MNTP
     n_open: tuple = ()  # with mask=causal: layers, from 0, that see all of it (arXiv 2401.14556)
@@ -79,6 +80,7 @@ class Settings:
 
     def check(self):
         """Raise UserError, which names the setting, for a value or combination that cannot be."""
+        self.check_choice("weights", *WEIGHTS)
         self.check_choice("mask", "auto", "full", "causal")
         self.check_choice("pool", "auto", "start", "mean", "last")
         self.check_choice("lr_decay", "linear", "cosine")
@@ -379,6 +381,7 @@ def open_results(out: Path, run: LoadedRun, device: torch.device) -> dict:
         "schedule": run.schedule,
         "config": run.content["config"],
         "checkpoint_sha256": file_sha256(run.path),
+        "weights": run.weights,
         "device": str(device),
         "torch": torch.__version__,
         "tasks": {},
@@ -388,6 +391,12 @@ def open_results(out: Path, run: LoadedRun, device: torch.device) -> dict:
         require(
             earlier.get("checkpoint_sha256") == results["checkpoint_sha256"],
             f"{out}: holds the results of another checkpoint; remove it or name another --out",
+        )
+        weights = earlier.get("weights", "last")
+        require(
+            weights == run.weights,
+            f"{out}: holds results of weights={weights}, not {run.weights}; remove it or name "
+            "another --out",
         )
         results["tasks"] = earlier["tasks"]
     return results
@@ -470,14 +479,10 @@ def run_tasks(args: list[str]):
 
     # the model, and what earlier calls have found out about it
     device = find_device(settings.device)
-    run = load_run(args[0], device)
+    run = load_run(args[0], device, settings.weights)
     out = Path(settings.out) if settings.out else run.path.parent / f"glue_{run.step}.json"
     results = open_results(out, run, device)
-    print(
-        f"{run.path}: step {run.step} of {run.schedule}, {run.model.config.backbone}; "
-        f"{settings.dtype} on {device}; results in {out}",
-        flush=True,
-    )
+    print(f"{run.describe()}; {settings.dtype} on {device}; results in {out}", flush=True)
 
     # each task is saved before the next begins
     for task, task_settings in by_task.items():
@@ -495,7 +500,7 @@ def run_tasks(args: list[str]):
     if limited:
         note += "; PARTIAL: a limit was set"
     print(f"\n{table(tasks)}\n{note}")
-    print(four_parts(run.path.parent, run.step, glue))
+    print(four_parts(run.path.parent, run.step, run.weights, glue))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from antlm.checkpoint import LoadedRun, load_run
+from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, load_run
 from antlm.distributed import find_device
 from antlm.program import clean_exit
 from antlm.tokenizer import SPECIAL
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None):
     add("--temperature", type=float, default=0.8, help="0: greedy; default: %(default)s")
     add("--top_k", type=int, default=50, help="of so many tokens, 0: all; default: %(default)s")
     add("--seed", type=int, default=1, help="default: %(default)s")
+    add("--weights", default=WEIGHTS[0], choices=WEIGHTS, help=WEIGHTS_HELP)
     add(
         "--device",
         default="auto",
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None):
     require(args.top_k >= 0, f"--top_k {args.top_k}: must be at least 0")
 
     device = find_device(args.device)
-    run = load_run(args.run, device)
+    run = load_run(args.run, device, args.weights)
     print(f"{run.path}: step {run.step} of {run.schedule}, {run.model.config.backbone}", flush=True)
     print_samples(run, args, device)
     objectives = find_objectives(run.full_schedule, run.path)

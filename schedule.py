@@ -112,8 +112,11 @@ class Schedule:
     lr_min_ratio: float = 0.1  # share of the peak at the last step
     warmup: float = 0.01  # share of all steps
     decay: str = "cosine"  # a row of DECAYS
-    mask_start: float = 0.15  # share of tokens that masked objectives hide at the first step
-    mask_end: float = 0.15  # and at the last step; linear in between
+    decay_share: float = 1.0  # share of the steps after the warm-up, the last, in which it decays
+    mask_start: float = 0.15  # share of tokens that MLM and MNTP hide at the first step
+    mask_end: float = 0.15  # and at the last step
+    mask_decay: str = "linear"  # in between, a row of DECAYS
+    average_share: float = 0.0  # share of the steps, the last, whose weights are averaged
     words_per_epoch: int = 0  # words of the corpus
     words_before: int = 0  # words that the model had seen when the run began
 
@@ -152,17 +155,27 @@ class Schedule:
         return self.ends_phase(steps - 1) or (marks and self.reaches_mark(steps - 1))
 
     def learning_rate(self, step: int) -> float:
-        """Rise linearly to the peak over the warm-up, then decay to lr_min_ratio of it."""
+        """Rise linearly to the peak over the warm-up, then decay to lr_min_ratio of it.
+
+        With a decay_share below 1 the peak is held for a while (warm-up, stable, decay: Hu et al.
+        2024, MiniCPM).
+        """
         warmup = round(self.warmup * self.steps)
         if step < warmup:
             return self.lr * (step + 1) / warmup
         x = (step - warmup) / max(1, self.steps - 1 - warmup)
+        x = max(0.0, (x - (1 - self.decay_share)) / self.decay_share)
         decay = DECAYS[self.decay]
         return self.lr * (self.lr_min_ratio + (1 - self.lr_min_ratio) * decay(x))
 
     def mask_rate(self, step: int) -> float:
-        """Share of tokens to hide, linear from mask_start to mask_end (GPT-BERT: 0.30 to 0.15)."""
-        return self.mask_start + (self.mask_end - self.mask_start) * step / max(1, self.steps - 1)
+        """Share of tokens to hide, from mask_start to mask_end (GPT-BERT: 0.30 to 0.15)."""
+        x = step / max(1, self.steps - 1)
+        return self.mask_end + (self.mask_start - self.mask_end) * DECAYS[self.mask_decay](x)
+
+    def averages(self, steps: int) -> bool:
+        """Whether the weights after so many steps belong to the average."""
+        return steps > self.steps - round(self.average_share * self.steps)
 
     def words(self, steps: int) -> int:
         """Words seen, with repetition, after so many steps."""

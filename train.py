@@ -31,7 +31,7 @@ from antlm.distributed import (
     missing_for_compile,
 )
 from antlm.metrics import TrainingLog
-from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
+from antlm.optim import OPTIMIZERS, WeightAverage, guarded_step, make_optimizers
 from config import require
 from data import OBJECTIVES, Batches, Corpus, MicroBatch, dropout_seed, find_objectives
 from model import ModelConfig, Transformer
@@ -62,7 +62,8 @@ class Settings:
     batch_rows: int = 256  # rows per optimizer step, over all processes and micro-batches
     micro_rows: int = 64  # rows per forward pass and process at most, for the memory's sake
     mask_start: float = 0.15  # share of tokens that MLM and MNTP hide at first; GPT-BERT: 0.3
-    mask_end: float = 0.15  # and at the last step; linear in between
+    mask_end: float = 0.15  # and at the last step
+    mask_decay: str = "linear"  # in between; linear | cosine
     mask_span: float = 1.0  # mean tokens hidden at once; 1 single tokens, 3 the spans of ltg-bert
     seed: int = 1
     # optimizer
@@ -70,12 +71,14 @@ class Settings:
     lr: float = 7e-4  # peak; adamw 3e-4 to 2e-3, lamb 1e-2, muon as adamw
     lr_min_ratio: float = 0.1  # share of the peak at the last step
     lr_decay: str = "cosine"  # cosine | linear | constant
+    lr_decay_share: float = 1.0  # share of the steps, the last, in which it decays; 0.2 for WSD
     warmup: float = 0.02  # share of all steps
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
     weight_decay: float = 0.1  # not on embeddings, biases and norms
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    average_share: float = 0.0  # share of the steps, the last, whose weights are averaged; 0: none
     skip_nonfinite: int = 0  # steps of a non-finite loss that may be skipped before the run stops
     # logs and checkpoints
     log_every: int = 20  # steps
@@ -103,6 +106,7 @@ class Settings:
         choices = {
             "optimizer": OPTIMIZERS,
             "lr_decay": DECAYS,
+            "mask_decay": DECAYS,
             "device": DEVICES,
             "precision": PRECISIONS,
             "compile": ("auto", "on", "off"),
@@ -120,12 +124,15 @@ class Settings:
         for name in ("warmup", "beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} = {value} must lie in [0, 1)")
+        for name in ("average_share", "lr_min_ratio"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} = {value} is a share: it must lie in [0, 1]")
+        require(
+            0 < self.lr_decay_share <= 1,
+            f"lr_decay_share = {self.lr_decay_share} is a share: it must lie in (0, 1]",
+        )
         require(self.lr > 0, f"lr = {self.lr} must be greater than 0")
         require(self.eps > 0, f"eps = {self.eps} must be greater than 0")
-        require(
-            0 <= self.lr_min_ratio <= 1,
-            f"lr_min_ratio = {self.lr_min_ratio} is a share of the peak: it must lie in [0, 1]",
-        )
 
         # values that depend on each other
         self.check_rows()
@@ -199,8 +206,12 @@ class Settings:
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
     def make_schedule(
-        self, steps_per_epoch: int, words_per_epoch: int, words_before: int = 0
+        self, steps_per_epoch: int, words_per_epoch: int, history: list[dict]
     ) -> Schedule:
+        # of the runs that this one was started from, the last one had seen all words
+        words_before = 0
+        if history:
+            words_before = history[-1]["words"] or 0
         return Schedule(
             phases=parse(self.schedule),
             steps_per_epoch=steps_per_epoch,
@@ -208,8 +219,11 @@ class Settings:
             lr_min_ratio=self.lr_min_ratio,
             warmup=self.warmup,
             decay=self.lr_decay,
+            decay_share=self.lr_decay_share,
             mask_start=self.mask_start,
             mask_end=self.mask_end,
+            mask_decay=self.mask_decay,
+            average_share=self.average_share,
             words_per_epoch=words_per_epoch,
             words_before=words_before,
         )
@@ -407,15 +421,13 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         vocab_size = content["config"]["vocab_size"]  # an imported model's may be padded
     model = Transformer(s.model_config(vocab_size)).to(device).train()
     optimizers = make_optimizers(model, s, device)
-    start, logged = restore(content, run.path, model, optimizers)
+    average = WeightAverage(model)
+    start, logged = restore(content, run.path, model, optimizers, average)
     content = None  # its memory is free again
 
     # ------------------------------------- what happens at a step is a function of its number alone
     batches, dev = open_batches(s, corpus)
-    words_before = 0
-    if history:
-        words_before = history[-1]["words"] or 0
-    schedule = s.make_schedule(batches.steps_per_epoch, corpus.meta["train"]["words"], words_before)
+    schedule = s.make_schedule(batches.steps_per_epoch, corpus.meta["train"]["words"], history)
     run.begin(s, corpus, schedule, start, history)
 
     # ---------------------------------------------------------- precision, compilation, parallelism
@@ -443,7 +455,8 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         # evaluate on the dev tokens, unless that was done before a run was stopped and resumed
         is_last = step == schedule.steps
         if (step % eval_every == 0 or is_last) and step > run.evaluated_step:
-            dev_losses = evaluate(model, dev, s, processes, autocast, signals)
+            with average.in_use():
+                dev_losses = evaluate(model, dev, s, processes, autocast, signals)
             if dev_losses is None:
                 stopped = True
                 break
@@ -454,7 +467,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
             step % s.save_every == 0 or schedule.is_milestone(step, s.babylm_rules)
         ):
             log.read()  # ends the run, before anything is saved, if a loss was not finite
-            run.save(step, model, optimizers, log=log.state())
+            run.save(step, model, optimizers, log=log.state(), average=average.state_dict())
         if is_last:
             break
 
@@ -496,6 +509,8 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         norm = clip_grad_norm_(model.parameters(), s.clip or math.inf)
         guarded_step(optimizers, lr, norm)
         step += 1
+        if schedule.averages(step):
+            average.update()
 
         # log
         log.add(step, micro_batches, losses, norm)
@@ -505,7 +520,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     # -------------------------------------------------------------------------------------- the end
     if stopped and step > start:
         log.read()
-        run.save(step, model, optimizers, log=log.state())
+        run.save(step, model, optimizers, log=log.state(), average=average.state_dict())
     processes.wait()  # none leaves while another is at work
     if stopped:
         processes.print(f"stopped after step {step}; go on with the same command and --resume")

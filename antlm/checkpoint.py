@@ -92,14 +92,25 @@ def load_newest(run: Path, warn: Callable = print) -> tuple[Path | None, dict | 
     return None, None
 
 
-def load_model(content: dict, device: str = "cpu", path: Path | str = "checkpoint") -> Transformer:
+# Which weights of a checkpoint are used: the average where there is one, or the last ones.
+WEIGHTS = ("average", "last")
+WEIGHTS_HELP = "average: of the run's average_share, where there is one; default: %(default)s"
+
+
+def load_model(
+    content: dict, device: str = "cpu", path: Path | str = "checkpoint", weights: str = "last"
+) -> Transformer:
     """Return the model of a loaded checkpoint, in evaluation mode.
 
+    weights: one of WEIGHTS
     Raises UserError, which begins with `path`, where its sizes and weights do not fit model.py.
     """
     try:
         model = Transformer(ModelConfig(**content["config"]))
         model.load_state_dict(content["model"])
+        if weights == "average":
+            # tied weights have one name there
+            model.load_state_dict(content["average"]["weights"], strict=False)
     except (KeyError, TypeError, RuntimeError, UserError) as error:
         reason = one_line(error)
         raise UserError(f"{path}: not a checkpoint of this model.py ({reason})") from None
@@ -120,6 +131,7 @@ class LoadedRun:
     content: dict
     model: Transformer
     tokenizer: Tokenizer
+    weights: str  # which ones the model has, one of WEIGHTS
 
     @property
     def settings(self) -> dict:
@@ -162,10 +174,18 @@ class LoadedRun:
     def block_size(self) -> int:
         return self.settings["block_size"]
 
+    def describe(self) -> str:
+        """Say which model this is."""
+        text = f"{self.path}: step {self.step} of {self.schedule}, {self.model.config.backbone}"
+        if self.weights == "average":
+            text += f", average of {self.content['average']['n']} steps"
+        return text
 
-def load_run(path: str, device: str | torch.device = "cpu") -> LoadedRun:
+
+def load_run(path: str, device: str | torch.device = "cpu", weights: str = "average") -> LoadedRun:
     """Load a checkpoint, or the newest whole one of a run folder, with the tokenizer beside it.
 
+    weights: one of WEIGHTS; a checkpoint without an average has the last ones only
     Raises UserError that names the file which is missing or does not fit the others.
     """
     # cudnn's attention plans anew, up to a second, for every new shape, and texts have many
@@ -184,7 +204,10 @@ def load_run(path: str, device: str | torch.device = "cpu") -> LoadedRun:
         tokenizer.sha256 == content["tokenizer_sha256"],
         f"{file.parent}/tokenizer.json: not the one that {file.name} was trained with",
     )
-    return LoadedRun(file, content, load_model(content, device, file), tokenizer)
+    if not content.get("average"):
+        weights = "last"
+    model = load_model(content, device, file, weights)
+    return LoadedRun(file, content, model, tokenizer, weights)
 
 
 def load_source(path: str, config: ModelConfig, corpus) -> dict:
@@ -215,7 +238,7 @@ def load_source(path: str, config: ModelConfig, corpus) -> dict:
     }
     return {
         "config": source.content["config"],
-        "model": source.content["model"],
+        "model": source.model.state_dict(),
         "history": [*source.history, entry],
     }
 
@@ -223,10 +246,13 @@ def load_source(path: str, config: ModelConfig, corpus) -> dict:
 # ----------------------------------------------------------------------------------- the run folder
 
 
-def restore(content: dict, path: Path, model: Transformer, optimizers: list) -> tuple[int, dict]:
-    """Put weights and optimizers back; return the steps done and the state of the log.
+def restore(
+    content: dict, path: Path, model: Transformer, optimizers: list, average
+) -> tuple[int, dict]:
+    """Put weights, optimizers and average back; return the steps done and the state of the log.
 
     content: of the run's checkpoint, of load_source, or empty for a run from scratch
+    average: a WeightAverage of the model
     Raises UserError, which begins with `path`, where they do not fit this model and optimizer.
     """
     try:
@@ -235,6 +261,7 @@ def restore(content: dict, path: Path, model: Transformer, optimizers: list) -> 
         if "optimizer" in content:
             for optimizer, state in zip(optimizers, content["optimizer"], strict=True):
                 optimizer.load_state_dict(state)
+        average.load_state_dict(content.get("average", {}))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a checkpoint of this train.py ({one_line(error)})") from None
     return content.get("step", 0), content.get("log", {})

@@ -1,4 +1,7 @@
-"""Optimizers, which weights decay, and a step that a gradient which is not finite cannot spoil."""
+"""Optimizers, which weights decay, averaged weights, and a step that no gradient can spoil."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -141,3 +144,51 @@ def step_and_restore(optimizer: torch.optim.Optimizer, bad: Tensor):
     optimizer.step()
     for p, old in zip(params, before, strict=True):
         torch.where(bad, old, p, out=p)
+
+
+class WeightAverage:
+    """The mean of a model's weights after each of several steps.
+
+    It is mostly better than the last weights, which bear the noise of the last batches.
+    Source: stochastic weight averaging (Izmailov et al. 2018), here of every step.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.names = [name for name, _ in model.named_parameters()]
+        self.params = list(model.parameters())
+        self.n = 0  # steps that are averaged so far
+        self.means = []
+
+    @torch.no_grad()
+    def update(self):
+        """Take in the weights as they are now."""
+        self.n += 1
+        if self.n == 1:
+            self.means = [p.detach().clone() for p in self.params]
+        else:
+            torch._foreach_lerp_(self.means, self.params, 1 / self.n)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Give the model the average for its weights, if there is one, and then its own again."""
+        if self.n == 0:
+            yield
+            return
+        with torch.no_grad():
+            last = [p.detach().clone() for p in self.params]
+            torch._foreach_copy_(self.params, self.means)
+            yield
+            torch._foreach_copy_(self.params, last)
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps; nothing while nothing is averaged."""
+        if self.n == 0:
+            return {}
+        return {"n": self.n, "weights": dict(zip(self.names, self.means, strict=True))}
+
+    def load_state_dict(self, state: dict):
+        """Go on from what state_dict returned; raises KeyError where it is of another model."""
+        if state:
+            self.n = state["n"]
+            means = [state["weights"][name] for name in self.names]
+            self.means = [mean.to(p.device) for mean, p in zip(means, self.params, strict=True)]

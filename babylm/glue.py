@@ -212,14 +212,18 @@ def table(tasks: dict[str, dict[str, dict]]) -> str:
 PARTS = {("blimp", 67): "BLiMP", ("blimp", 5): "supplement", ("ewok", 11): "EWoK"}
 
 
-def zero_shot_parts(folder: Path, step: int) -> dict[str, dict[str, float]]:
-    """Return what eval.py has scored the checkpoint of that step in: mode, part, percent."""
+def zero_shot_parts(folder: Path, step: int, weights: str) -> dict[str, dict[str, float]]:
+    """Return what eval.py has scored these weights of a step's checkpoint in: mode, part, percent.
+
+    weights: one of WEIGHTS in checkpoint.py
+    """
     parts = {}
     # the newest result counts where a part was scored twice
     files = sorted(folder.glob(f"eval_*_{step}*.json"), key=lambda file: file.stat().st_mtime)
     for file in files:
         result = read_result(file)
-        if result["step"] != step or result["partial"]:  # the pattern fits step 1000 for step 100
+        # the pattern fits step 1000 for step 100
+        if result["step"] != step or result.get("weights", "last") != weights or result["partial"]:
             continue
         for task in result["tasks"].values():
             part = PARTS.get((task.get("kind"), len(task["subsets"])))
@@ -230,14 +234,14 @@ def zero_shot_parts(folder: Path, step: int) -> dict[str, dict[str, float]]:
     return parts
 
 
-def four_parts(folder: Path, step: int, glue: float | None) -> str:
+def four_parts(folder: Path, step: int, weights: str, glue: float | None) -> str:
     """Describe the macro average of the challenge in each mode, or what it lacks.
 
-    folder: that of the run, where the results of eval.py lie
+    folder: that of the run, where the results of eval.py lie; step, weights: of the checkpoint
     glue: the mean of the GLUE tasks in percent, None where not all are scored
     """
     lines = []
-    for mode, scores in (zero_shot_parts(folder, step) or {"every mode": {}}).items():
+    for mode, scores in (zero_shot_parts(folder, step, weights) or {"every mode": {}}).items():
         if glue is not None:
             scores["GLUE"] = glue
         listed = "  ".join(f"{part} {score:.1f}" for part, score in scores.items())

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from antlm.checkpoint import checkpoints, file_sha256, load_checkpoint
+from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, checkpoints, file_sha256, load_checkpoint
 from antlm.distributed import DEVICES
 from antlm.files import write_whole
 from antlm.program import clean_exit
@@ -120,7 +120,8 @@ def result_path(args: argparse.Namespace, name: str, *causes: str) -> Path:
 
     A result of what a file was before is thus never taken for one of what it is now.
     """
-    digest = hashlib.sha256("\n".join([*causes, args.dtype]).encode()).hexdigest()
+    causes = [*causes, args.dtype, args.weights]
+    digest = hashlib.sha256("\n".join(causes).encode()).hexdigest()
     return args.work / f"{name}_{digest[:12]}.json"
 
 
@@ -132,7 +133,7 @@ def eval_job(
     result = result_path(args, name, checkpoint.sha256, *(part.sha256 for part in sets))
     arguments = ["eval.py", str(checkpoint.path.resolve()), "--out", str(result.resolve())]
     arguments += ["--mode", args.mode, "--protocol", args.year]
-    arguments += ["--device", args.device, "--dtype", args.dtype]
+    arguments += ["--device", args.device, "--dtype", args.dtype, "--weights", args.weights]
     arguments += ["--task", *(str(part.tasks.folder.resolve()) for part in sets)]
     return Job(label, arguments, result, sum(part.work for part in sets))
 
@@ -148,7 +149,8 @@ def glue_job(task: str, checkpoint: Checkpoint, sets: Sets, args: argparse.Names
     arguments = ["finetune.py", str(checkpoint.path.resolve())]
     arguments += [str(ROOT / config) for config in YEARS[args.year].glue_config]
     arguments += [f"--data={sets.glue_folder.resolve()}", f"--out={result.resolve()}"]
-    arguments += [f"--device={args.device}", f"--dtype={args.dtype}", f"--tasks={','.join(tasks)}"]
+    arguments += [f"--device={args.device}", f"--dtype={args.dtype}", f"--weights={args.weights}"]
+    arguments.append(f"--tasks={','.join(tasks)}")
     return Job(task, arguments, result, sets.glue[task].work)
 
 
@@ -337,6 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--incomplete", action="store_true", help="write null for what is missing")
     add("--device", default="auto", choices=DEVICES, help="default: %(default)s")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
+    add("--weights", default=WEIGHTS[0], choices=WEIGHTS, help=WEIGHTS_HELP)
     args = parser.parse_args(argv)
     args.name = args.name or args.run.resolve().name
     args.work = args.run / "submission"

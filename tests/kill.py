@@ -29,7 +29,8 @@ from antlm.program import clean_exit
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = [
-    "--schedule=1_CLM+1_MLM+1_1CLM:2MNTP",
+    "--schedule=1_CLM+1_MLM+1_1CLM:1MNTP:1MDLM",
+    "--average_share=0.6",
     "--n_layer=2",
     "--n_head=2",
     "--n_embd=64",

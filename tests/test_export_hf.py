@@ -34,6 +34,7 @@ from hf_runs import (  # isort: skip
     transformers,
 )
 import export_hf
+from safetensors.torch import load_file
 
 import config
 import eval as evaluation
@@ -945,6 +946,30 @@ def test_the_card_has_the_newest_of_two_scores(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "71.3" in card
     assert "50.5" not in card
+
+
+@pytest.mark.parametrize("weights", ["average", "last"])
+def test_averaged_weights_are_exported_and_named_with_their_own_scores(tmp_path, weights):
+    run = tmp_path / "run"
+    make_run(run, KINDS["untied"])
+    (path,) = checkpoints(run)
+    content = load_checkpoint(path)
+    half = {name: weight / 2 for name, weight in content["model"].items()}
+    content["average"] = {"n": 7, "weights": half}
+    torch.save(content, path)
+    write_score(run, "of_the_last", {"causal": 71.26})
+    result = json.loads((run / "eval_of_the_last_5.json").read_text())
+    result |= {"weights": "average", "tasks": {"of_the_average": {"accuracy": {"causal": 72.5}}}}
+    (run / "eval_of_the_average_5.json").write_text(json.dumps(result))
+
+    export_hf.main([str(run), str(tmp_path / "out"), "--weights", weights])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("average of the last 7 steps" in card) == (weights == "average")
+    assert ("of_the_average" in card) == (weights == "average")
+    assert ("of_the_last" in card) == (weights == "last")
+    expected = {"average": half, "last": content["model"]}[weights]
+    exported_tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(exported_tensors["lm_head.weight"], expected["head.vocab.weight"])
 
 
 @pytest.mark.parametrize("kind, pipeline", [("untied", "text-generation"), ("ltg", "fill-mask")])

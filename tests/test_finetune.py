@@ -775,7 +775,7 @@ def test_the_newest_result_of_a_part_counts_whatever_its_name(run):
     write_zero_shot(run, 10, "a", "blimp", 67, 70.0)
     write_zero_shot(run, 10, "b", "blimp", 67, 20.0)
     os.utime(run / "eval_b_10.json", (1e9, 1e9))
-    assert zero_shot_parts(run, 10) == {"causal 2025": {"BLiMP": 70.0}}
+    assert zero_shot_parts(run, 10, "last") == {"causal 2025": {"BLiMP": 70.0}}
 
 
 def write_tuned(run: Path, **changes):
@@ -810,9 +810,9 @@ def test_the_macro_average_names_what_is_missing(run):
     write_zero_shot(run, 10, "blimp", "blimp", 67, 70.0)
     write_zero_shot(run, 100, "blimp", "blimp", 67, 99.0)  # its name fits step 10, too
     expected = "causal 2025: BLiMP 70.0  no macro average: supplement, EWoK, GLUE not scored whole"
-    assert four_parts(run, 10, None) == expected
+    assert four_parts(run, 10, "last", None) == expected
     write_zero_shot(run, 10, "supplement", "blimp", 5, 50.0)
-    assert four_parts(run, 10, 40.0).endswith("no macro average: EWoK not scored whole")
+    assert four_parts(run, 10, "last", 40.0).endswith("no macro average: EWoK not scored whole")
 
 
 def test_some_tasks_give_no_macro_average(run, glue, capsys):

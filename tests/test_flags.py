@@ -57,7 +57,7 @@ import train
 from antlm.checkpoint import checkpoints, load_checkpoint
 from antlm.tokenizer import MASK, START, Tokenizer
 from babylm import submit
-from tools import bench
+from tools import average, bench, mix
 from tools.peers import PEERS
 
 # ------------------------------------------------------------------------------------------ eval.py
@@ -130,6 +130,7 @@ EVAL_ROWS = [
     ),
     Row("mode", (("causal",), ("masked",), ("mntp",)), scores),
     Row("protocol", {"2026": False, "2025": False, "2024": True}, begins_with_space),
+    Row("weights", ("average", "last"), scores, {"run": "@averaged_run"}),
     Row("limit", {0: 5, 2: 2}, items_scored),
     Row("out", {"@out/result.json": ["result.json"], "@out/b.json": ["b.json"]}, files),
     Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
@@ -196,6 +197,7 @@ SAMPLE_ROWS = [
     ),
     Row("top_k", {0: {"a", "b", "c"}, 1: {"b"}, 2: {"a", "b"}}, letters, {"n": 5}),
     Row("seed", (1, 2), samples),
+    Row("weights", ("average", "last"), samples, {"run": "@averaged_run"}),
     Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
 ]
 
@@ -582,6 +584,38 @@ PLOT_ROWS = [
 
 PLOT = Program(call_plot, dict(runs=("@run",), out="@out/a.png"), PLOT_ROWS, positional=("runs",))
 
+# ------------------------------------------------------------ tools/average.py and tools/mix.py
+
+
+def averaged_weights(run: Trial) -> list[float]:
+    (path,) = run.folder.rglob("step_*.pt")
+    return load_checkpoint(path)["model"]["blocks.0.out.weight"].flatten().tolist()
+
+
+AVERAGE_ROWS = [
+    Row("out", {"@out/mean": ["mean"], "@out/other": ["other"]}, folders),
+    Row("runs", (("@run",), ("@run", "@other_run"), ("@other_run",)), averaged_weights),
+    Row("shares", (None, ("1", "3"), ("0", "1")), averaged_weights),
+    Row("weights", ("average", "last"), averaged_weights, {"runs": ("@averaged_run",)}),
+]
+
+AVERAGE = Program(
+    partial(as_program, average.main),
+    dict(out="@out/mean", runs=("@run", "@other_run")),
+    AVERAGE_ROWS,
+    positional=("out", "runs"),
+)
+
+MIX_ROWS = [
+    Row(
+        "epochs",
+        {24: "24_3CLM:1MDNTP\n", 32: "32_3CLM:1MDNTP\n", 64: "64_1CLM:3MDNTP\n"},
+        lambda run: run.printed,
+    )
+]
+
+MIX = Program(partial(as_program, mix.main), dict(epochs=24), MIX_ROWS, positional=("epochs",))
+
 # -------------------------------------------------------- tools/export_hf.py and tools/import_hf.py
 
 
@@ -610,6 +644,7 @@ EXPORT_ROWS = [
     Row("run", ("@run", "@run/step_0000003.pt", "@other_run"), exported_weights),
     Row("out", {"@out/model": {"model"}, "@out/other": {"other"}}, exported_folders),
     Row("checkpoints", {False: {"model"}, True: {"model/main"}}, exported_folders),
+    Row("weights", ("average", "last"), exported_weights, {"run": "@averaged_run"}),
 ]
 
 EXPORT = Program(
@@ -688,6 +723,7 @@ SUBMIT_ROWS = [
     Row("track", {"strict-small": 3, "strict": 4}, n_marks),
     Row("name", {"mine": ["mine"], None: ["marks"]}, models_sent),
     Row("incomplete", {False: True, True: False}, is_refused),
+    Row("weights", ("average", "last"), surprisals, {"run": "@averaged_marks"}),
     Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
     Row("dtype", {"float32": (set(), FLOAT32[1]), "bfloat16": (set(), BFLOAT16[1])}, dtypes),
 ]
@@ -717,6 +753,8 @@ PROGRAMS = {
     "bench": BENCH,
     "grammar": GRAMMAR,
     "plot": PLOT,
+    "average": AVERAGE,
+    "mix": MIX,
     "export_hf": EXPORT,
     "import_hf": IMPORT,
     "submit": SUBMIT,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from antlm.optim import OPTIMIZERS, Lamb, guarded_step, make_optimizers, trust_ratios
+from antlm.optim import OPTIMIZERS, Lamb, WeightAverage, guarded_step, make_optimizers, trust_ratios
 from model import ModelConfig, Transformer
 
 CPU = torch.device("cpu")
@@ -242,3 +242,50 @@ def test_the_host_does_not_wait_for_a_gpu(optimizer):
             torch.cuda.set_sync_debug_mode("default")
         changed = [not torch.equal(a, b) for a, b in zip(weights(model), before, strict=True)]
         assert all(changed) if value == 1.0 else not any(changed)
+
+
+# -------------------------------------------------------------------------------------- the average
+
+
+def test_the_average_of_weights_is_their_mean_and_is_lent_to_the_model():
+    model = small_model()
+    average = WeightAverage(model)
+    seen = []
+    for value in (1.0, 2.0, 6.0):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(value)
+        with average.in_use():  # what was averaged before, or the weights as they are
+            seen.append(weights(model)[0].unique().tolist())
+        average.update()
+        assert all((p == value).all() for p in model.parameters())
+    with average.in_use():
+        assert all(torch.allclose(p, torch.tensor(3.0)) for p in model.parameters())
+    assert seen == [[1.0], [1.0], [1.5]]
+
+
+def test_a_restored_average_goes_on_bit_for_bit():
+    model = small_model()
+    steady = WeightAverage(model)
+    resumed = WeightAverage(model)
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        steady.update()
+        resumed.update()
+        state = resumed.state_dict()
+        resumed = WeightAverage(model)
+        resumed.load_state_dict(state)
+    assert resumed.n == steady.n == 6
+    for a, b in zip(steady.means, resumed.means, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tied_weights_are_averaged_once():
+    model = small_model()
+    assert "head.vocab.weight" in model.state_dict()
+    average = WeightAverage(model)
+    average.update()
+    assert "head.vocab.weight" not in average.state_dict()["weights"]

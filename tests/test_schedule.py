@@ -139,6 +139,18 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_the_end(decay):
         assert rates[-1] == pytest.approx(0.2)
 
 
+def test_with_a_share_the_peak_is_held_until_the_last_steps():
+    # 111 steps: 10 of warm-up, 80 at the peak, 20 of decay
+    schedule = make_schedule(
+        "37_CLM", 3, lr=2.0, lr_min_ratio=0.1, warmup=0.09, decay="linear", decay_share=0.2
+    )
+    rates = [schedule.learning_rate(step) for step in range(schedule.steps)]
+    assert rates[9:91] == pytest.approx([2.0] * 82)
+    assert rates[100] == pytest.approx(1.1)
+    assert rates[110] == pytest.approx(0.2)
+    assert rates[91] < 2.0
+
+
 def test_learning_rate_without_warmup_starts_at_the_peak():
     assert make_schedule(warmup=0.0, lr=3e-4).learning_rate(0) == 3e-4
 
@@ -155,6 +167,20 @@ def test_mask_rate_falls_or_rises_linearly(start, end):
     schedule = make_schedule("3_MNTP", 7, mask_start=start, mask_end=end)  # 21 steps
     rates = [schedule.mask_rate(step) for step in (0, 5, 10, 20)]
     assert rates == pytest.approx([start, start + (end - start) / 4, 0.2, end])
+
+
+def test_mask_rate_falls_along_a_cosine():
+    schedule = make_schedule("3_MNTP", 7, mask_start=0.3, mask_end=0.1, mask_decay="cosine")
+    rates = [schedule.mask_rate(step) for step in (0, 5, 10, 20)]
+    quarter = 0.1 + 0.2 * (2 + math.sqrt(2)) / 4
+    assert rates == pytest.approx([0.3, quarter, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("share, first", [(0.0, 22), (0.2, 18), (0.5, 12), (1.0, 1)])
+def test_the_last_share_of_the_steps_is_averaged(share, first):
+    schedule = make_schedule("3_CLM", 7, average_share=share)  # 21 steps
+    averaged = [steps for steps in range(1, 22) if schedule.averages(steps)]
+    assert averaged == list(range(first, 22))
 
 
 def test_schedule_needs_no_torch():

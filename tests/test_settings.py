@@ -106,6 +106,10 @@ def rates(run: Trial) -> list[float]:
     return movements(weights_by_step(run))
 
 
+def steps_averaged(run: Trial) -> int | None:
+    return load_checkpoint(checkpoints(run_folder(run))[0])["average"].get("n")
+
+
 def first_weights(run: Trial) -> list[float]:
     return run.training[0].weights["blocks.0.out.weight"].flatten().tolist()
 
@@ -332,6 +336,16 @@ TRAIN_ROWS = [
     Row("micro_rows", {8: 8, 3: 8}, rows_evaluated),
     Row("mask_start", {0.125: [16] * 6, 0.25: [32, 28, 25, 22, 19, 16]}, hidden_tokens, MASKED),
     Row("mask_end", {0.125: [16] * 6, 0.25: [16, 19, 22, 25, 28, 32]}, hidden_tokens, MASKED),
+    Row(
+        "mask_decay",
+        {
+            "linear": [32, 28, 25, 22, 19, 16],
+            "cosine": [32, 30, 26, 21, 17, 16],
+            "constant": [32] * 6,
+        },
+        hidden_tokens,
+        MASKED | {"mask_start": 0.25},
+    ),
     Row("mask_span", {1.0: False, 4.0: True}, spans_are_long, MASKED | {"mask_end": 0.5}),
     Row("seed", (1, 2), first_weights),
     Row("seed", (1, 2), first_tokens),
@@ -358,6 +372,15 @@ TRAIN_ROWS = [
         {"lr_min_ratio": 0.0},
     ),
     Row(
+        "lr_decay_share",
+        {
+            1.0: near([RATE * share for share in (1, 0.8, 0.6, 0.4, 0.2, 0)]),
+            0.4: near([RATE * share for share in (1, 1, 1, 1, 0.5, 0)]),
+        },
+        rates,
+        {"lr_decay": "linear", "lr_min_ratio": 0.0},
+    ),
+    Row(
         "warmup",
         {0.0: near([RATE] * 6), 0.5: near([RATE * share for share in (1 / 3, 2 / 3, 1, 1, 1, 1)])},
         rates,
@@ -373,6 +396,7 @@ TRAIN_ROWS = [
     ),
     Row("clip", {0.01: near(0.01), 0.1: near(0.1)}, clipped_norm),
     Row("clip", {0.0: near(1), 1000.0: near(1)}, new_share_of_mean),
+    Row("average_share", {0.0: None, 0.5: 3, 1.0: 6}, steps_averaged),
     Row("skip_nonfinite", {0: 2, 2: 4}, step_that_ends_it, {"lr": 1e30, "batch_rows": 4}),
     # logs and checkpoints
     Row("log_every", {1: [1, 2, 3, 4, 5, 6], 4: [1, 4, 6]}, log_steps),
@@ -542,6 +566,7 @@ FINETUNE_ROWS = [
     Row("seeds", ("12", "13"), first_tokens),
     Row("seeds", ("12", "13"), dropped_in_head, {"dropout": 0.5}),
     Row("out", {"@out/result.json": ["result.json"], "@out/b.json": ["b.json"]}, files),
+    Row("weights", ("average", "last"), first_embedding, {"run": "@averaged_run"}),
     # what the model sees
     Row("mask", {"full": [False, False], "causal": [True, True]}, causal_layers),
     Row("n_open", {"": [True, True], "1": [True, False]}, causal_layers, {"mask": "causal"}),

@@ -42,7 +42,14 @@ import prepare
 import schedule
 import train
 from antlm import metrics
-from antlm.checkpoint import checkpoints, load_checkpoint, load_model, load_newest, step_of
+from antlm.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    load_model,
+    load_newest,
+    load_run,
+    step_of,
+)
 from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
 from config import UserError
@@ -74,7 +81,7 @@ def assert_same_end(a: Path, b: Path):
     """Compare weights, optimizer and step of two runs bit for bit."""
     content_a = load_checkpoint(checkpoints(a)[0])
     content_b = load_checkpoint(checkpoints(b)[0])
-    for key in ("step", "model", "optimizer"):
+    for key in ("step", "model", "average", "optimizer"):
         assert same(content_a[key], content_b[key]), key
 
 
@@ -218,7 +225,9 @@ def optimizer_order(model: Transformer) -> list:
     return params
 
 
-@pytest.mark.parametrize("text", ["1_MLM", "1_CLM:MLM", "1_1CLM:15MNTP", "1_3CLM:1MLM:1MNTP"])
+@pytest.mark.parametrize(
+    "text", ["1_MLM", "1_MDLM", "1_CLM:MLM", "1_1CLM:15MNTP", "1_3CLM:1MLM:1MDNTP"]
+)
 @pytest.mark.parametrize("n_tokens", [17, 100, 257, 16 * 24 + 5, 16 * 24 * 2 + 16])
 def test_the_shares_of_a_step_add_up_to_one(text, n_tokens):
     """Also where a short last step leaves an objective without a row, or without a hidden token."""
@@ -252,8 +261,41 @@ def test_a_dev_loss_of_nothing_is_left_out(short_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_accumulation_changes_no_result(corpus, tmp_path):
-    args = [*TINY, "--schedule=1_MLM", f"--corpus={corpus}"]
+def test_the_average_is_that_of_the_weights_after_the_last_steps(corpus, tmp_path):
+    """And what is evaluated and loaded is the average, while training goes on from the last."""
+    args = [*TINY, "--schedule=1_CLM+1_MNTP", f"--corpus={corpus}", "--save_every=1", "--keep=99"]
+    args += ["--eval_rows=16", "--eval_mask_rate=0.25", "--log_every=1"]
+    train_here(*args, f"--out_dir={tmp_path / 'plain'}")
+    train_here(*args, f"--out_dir={tmp_path / 'run'}", "--average_share=0.25")
+    contents = [load_checkpoint(path) for path in reversed(checkpoints(tmp_path / "run"))]
+    n_averaged = round(0.25 * len(contents))
+    assert n_averaged > 1
+    assert not any(content["average"] for content in contents[:-n_averaged])
+
+    # the mean of so many, and no other weights than those of a run without an average
+    plain = load_checkpoint(checkpoints(tmp_path / "plain")[0])
+    assert same(contents[-1]["model"], plain["model"])
+    assert contents[-1]["average"]["n"] == n_averaged
+    for name, mean in contents[-1]["average"]["weights"].items():
+        stacked = torch.stack([content["model"][name] for content in contents[-n_averaged:]])
+        torch.testing.assert_close(mean, stacked.mean(0), rtol=1e-5, atol=1e-7)
+
+    # what is used
+    averaged = load_run(tmp_path / "run", weights="average")
+    last = load_run(tmp_path / "run", weights="last")
+    assert (averaged.weights, last.weights) == ("average", "last")
+    for name, mean in contents[-1]["average"]["weights"].items():
+        assert torch.equal(averaged.model.state_dict()[name], mean)
+        assert torch.equal(last.model.state_dict()[name], contents[-1]["model"][name])
+    text = Corpus(corpus)
+    dev = [entry["dev"] for entry in read_metrics(tmp_path / "run") if "dev" in entry]
+    check_dev_losses(averaged.model, text, dev[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["1_MLM", "1_CLM:MDNTP"])
+def test_accumulation_changes_no_result(corpus, tmp_path, phase):
+    args = [*TINY, f"--schedule={phase}", f"--corpus={corpus}"]
     train_here(*args, "--micro_rows=24", f"--out_dir={tmp_path / 'one'}")
     train_here(*args, "--micro_rows=5", f"--out_dir={tmp_path / 'five'}")
     assert_close(tmp_path / "one", tmp_path / "five")
@@ -583,18 +625,21 @@ OTHER = {
     "batch_rows": 12,
     "mask_start": 0.2,
     "mask_end": 0.2,
+    "mask_decay": "cosine",
     "mask_span": 2,
     "seed": 2,
     "optimizer": "lamb",
     "lr": 1e-3,
     "lr_min_ratio": 0.2,
     "lr_decay": "linear",
+    "lr_decay_share": 0.2,
     "warmup": 0.1,
     "beta1": 0.8,
     "beta2": 0.9,
     "eps": 1e-7,
     "weight_decay": 0,
     "clip": 0,
+    "average_share": 0.2,
 }
 
 
@@ -808,7 +853,8 @@ def test_a_loss_that_is_not_finite_is_noticed_where_its_gradient_is(tmp_path):
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(corpus, tmp_path):
     """Pure and mixed phases with accumulation; what two processes saved, one goes on with."""
-    args = [*TINY, "--schedule=1_CLM+1_1CLM:5MNTP+1_MLM", f"--corpus={corpus}", "--micro_rows=5"]
+    args = [*TINY, "--schedule=1_CLM+1_1CLM:5MNTP+1_CLM:MDLM", f"--corpus={corpus}"]
+    args += ["--micro_rows=5", "--average_share=0.5"]
     one = tmp_path / "one"
     two = tmp_path / "two"
     train_here(*args, f"--out_dir={one}")

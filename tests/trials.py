@@ -29,7 +29,7 @@ from watch import Pass, Watcher
 
 import config
 import prepare
-from antlm.checkpoint import checkpoints, save_checkpoint
+from antlm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from antlm.tokenizer import Tokenizer
 from config import UserError
 from model import ModelConfig, Transformer
@@ -339,6 +339,16 @@ def make_marks(lab: Lab, path: Path, seed: int = 1):
     small_challenge.write_run(path, lab.path("corpus") / "tokenizer.json", seed)
 
 
+def make_averaged_marks(lab: Lab, path: Path):
+    """A run with those checkpoints, each of which has an average, too."""
+    make_marks(lab, path)
+    for checkpoint in checkpoints(path):
+        content = load_checkpoint(checkpoint)
+        half = {name: weight / 2 for name, weight in content["model"].items()}
+        content["average"] = {"n": 2, "weights": half}
+        torch.save(content, checkpoint)
+
+
 def make_challenge(lab: Lab, path: Path, verb: str = "sees"):
     """One full set, one fast set and the words in context; in all pairs is this verb."""
     data = small_challenge.write_data(lab.folder / f"all_of_{path.name}")
@@ -376,6 +386,7 @@ MATERIAL = {
     "other_run": partial(train_run, seed=2),
     "half_run": train_half,
     "scored_run": partial(train_run, seed=3),  # results lie in its folder
+    "averaged_run": partial(train_run, seed=4, average_share=1.0, lr=0.05),
     "dice": make_dice,
     "glue": lambda lab, path: write_glue(path),
     "short_glue": lambda lab, path: write_glue(path, n_train=24, n_valid=8),
@@ -383,6 +394,7 @@ MATERIAL = {
     "other_pairs": partial(make_pairs, seed=6),
     "marks": make_marks,
     "other_marks": partial(make_marks, seed=2),
+    "averaged_marks": make_averaged_marks,
     "challenge": make_challenge,
     "other_challenge": partial(make_challenge, verb="hears"),
     "override": lambda lab, path: path.write_text("lr = 0.125\n"),

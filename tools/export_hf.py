@@ -30,7 +30,7 @@ from hf_names import NAMES, NEWLINE_TO_START, NO_SPACE_BEFORE_MASK, hf_names, is
 from model_card import LOADING, model_card
 from safetensors.torch import save_file
 
-from antlm.checkpoint import LoadedRun, checkpoints, load_run
+from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, checkpoints, load_run
 from antlm.files import new_folder, write_json
 from antlm.program import clean_exit
 from antlm.tokenizer import PAD, byte_alphabet, tokenizer_json
@@ -226,13 +226,13 @@ def export(run: LoadedRun, out: Path, name: str):
         shutil.copyfile(Path(__file__).with_name(f"{module}.py"), out / f"{module}.py")
 
     # what people read, and from what import_hf.py makes the same run again
-    left_out = ("model", "optimizer", "config")
+    left_out = ("model", "optimizer", "average", "config")
     facts = {key: value for key, value in run.content.items() if key not in left_out}
     write_json(out / "antlm.json", facts)
     (out / "README.md").write_text(model_card(run, name, causal), encoding="utf-8")
 
 
-def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
+def export_checkpoints(folder: Path, out: Path, name: str, weights: str) -> list[str]:
     """Write chck_1M, chck_2M, ... and main, which is the last checkpoint, into the folder `out`.
 
     The first checkpoint that stands for a mark is taken.
@@ -245,7 +245,7 @@ def export_checkpoints(folder: Path, out: Path, name: str) -> list[str]:
     exported = set()
     for path in reversed(checkpoints(folder)):
         try:
-            run = load_run(path, "cpu")
+            run = load_run(path, "cpu", weights)
         except UserError as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
@@ -302,14 +302,15 @@ def main(arguments: list[str] | None = None):
         help="a folder for each number of words that the rules name, and main (default: the "
         "newest checkpoint alone)",
     )
+    parser.add_argument("--weights", default=WEIGHTS[0], choices=WEIGHTS, help=WEIGHTS_HELP)
     args = parser.parse_args(arguments)
     require(not args.out.exists(), f"{args.out}: exists already; remove it or choose another name")
     lines = []
     with new_folder(args.out) as unfinished:
         if args.checkpoints:
-            lines = export_checkpoints(Path(args.run), unfinished, args.out.name)
+            lines = export_checkpoints(Path(args.run), unfinished, args.out.name, args.weights)
         else:
-            export(load_run(args.run, "cpu"), unfinished, args.out.name)
+            export(load_run(args.run, "cpu", args.weights), unfinished, args.out.name)
     if args.checkpoints:
         lines += push_commands(args.out)
     print(*lines, f"{args.out}: written; fill in the licence in its README.md", sep="\n")

@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import asdict
-from pathlib import Path
 
 from antlm.checkpoint import LoadedRun
 from babylm.results import read_result
@@ -26,6 +25,7 @@ tags:
 |---|---|
 | schedule | {schedule} |
 | optimizer steps | {step:,} |
+| weights | {weights} |
 | words seen, with repetition | {words} |
 | training text | `{settings[corpus]}` |
 | sizes | {sizes} |
@@ -110,6 +110,7 @@ def model_card(run: LoadedRun, name: str, causal: bool) -> str:
         settings=run.settings,
         schedule=describe_schedule(run),
         step=run.step,
+        weights=describe_weights(run),
         words="unknown" if words is None else f"{words:,}",
         sizes=f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, feed-forward {c.n_ff}, "
         f"vocabulary {c.vocab_size}",
@@ -117,7 +118,7 @@ def model_card(run: LoadedRun, name: str, causal: bool) -> str:
             name=name, finetuning=FINETUNING["causal" if causal else "open"]
         ),
         newline=NEWLINES[run.boundary],
-        scores=score_table(run.path.parent, run.step),
+        scores=score_table(run),
         training=training,
     )
 
@@ -131,12 +132,26 @@ def describe_schedule(run: LoadedRun) -> str:
     return "".join(parts) + f"`{run.schedule}`"
 
 
-def score_table(folder: Path, step: int) -> str:
-    """Return a table of what eval.py has scored this step in; the newest file counts."""
+def describe_weights(run: LoadedRun) -> str:
+    """Return which weights these are: an average of steps or of checkpoints, or the last ones."""
+    if run.weights == "average":
+        return f"average of the last {run.content['average']['n']:,} steps"
+    sources = run.content.get("averaged", [])
+    if not sources:
+        return "those of the last step"
+    parts = []
+    for source in sources:
+        parts.append(f"{source['share']:.3g} of `{source['schedule']}`, {source['sha256'][:16]}")
+    return f"average of checkpoints: {'; '.join(parts)}"
+
+
+def score_table(run: LoadedRun) -> str:
+    """Return a table of what eval.py has scored these weights in; the newest file counts."""
     scores = {}
-    for path in sorted(folder.glob("eval_*.json"), key=lambda path: path.stat().st_mtime):
+    files = run.path.parent.glob("eval_*.json")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime):
         result = read_result(path)
-        if result["step"] != step:
+        if result["step"] != run.step or result.get("weights", "last") != run.weights:
             continue
         for task, entry in result["tasks"].items():
             if result["partial"]:
@@ -144,7 +159,7 @@ def score_table(folder: Path, step: int) -> str:
             for mode, percent in entry["accuracy"].items():
                 scores[task, mode, result["protocol"]] = percent
     if not scores:
-        return f"None: the run holds no result of eval.py for step {step}."
+        return f"None: the run holds no result of eval.py for step {run.step}."
     lines = ["| task | mode | protocol | percent correct |", "|---|---|---|---|"]
     for (task, mode, protocol), percent in scores.items():
         lines.append(f"| {task} | {mode} | {protocol} | {percent:.1f} |")
