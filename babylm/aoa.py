@@ -245,6 +245,18 @@ def score(
 # ----------------------------------------------------------------------- the challenge's two files
 
 
+def score_run(
+    pairs: list[Pair],
+    surprisals: dict[int, np.ndarray],
+    children: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+) -> Score:
+    """Correlate the ages as score() does, for a run with this tokenizer."""
+    words = dict.fromkeys(pair.word for pair in pairs)
+    n_tokens = {word: count_tokens(word, tokenizer) for word in words}
+    return score(pairs, surprisals, children, n_tokens, tokenizer.vocab_size)
+
+
 def surprisal_file(model_name: str, pairs: list[Pair], surprisals: dict[int, np.ndarray]) -> dict:
     """Return the content of surprisal.json.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from antlm.tokenizer import Tokenizer
 from babylm import aoa, reading
-from babylm.tasks import CHILDREN, Tasks
+from babylm.tasks import Tasks
 from config import require
 
 
@@ -48,7 +48,7 @@ def read_human(tasks: Tasks, limit: int, ages: bool) -> Human:
         human.pairs = pairs[: limit or len(pairs)]
     if tasks.words and ages:
         aoa.import_scipy()
-        path = tasks.words.parent / CHILDREN
+        path = tasks.children
         require(path.exists(), f"{path}: does not exist; the age of acquisition needs it")
         human.children = aoa.read_children(path)
     return human
@@ -141,9 +141,8 @@ def ages_table(results: list[dict], human: Human, run: Path, mode: str) -> str:
     results: of all checkpoints
     """
     tokenizer = Tokenizer(run / "tokenizer.json")
-    n_tokens = {pair.word: aoa.count_tokens(pair.word, tokenizer) for pair in human.pairs}
     surprisals = {}
     for result in results:
         surprisals[result["words"]] = np.array(result["human"]["aoa"]["surprisals"][mode])
-    score = aoa.score(human.pairs, surprisals, human.children, n_tokens, tokenizer.vocab_size)
+    score = aoa.score_run(human.pairs, surprisals, human.children, tokenizer)
     return f"{mode}, {aoa.table(score)}"

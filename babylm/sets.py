@@ -141,7 +141,7 @@ class Sets:
 
     def read_children(self) -> dict[str, np.ndarray]:
         """Return the share of children who say each word, from the file beside that of words."""
-        return aoa.read_children(self.words.tasks.words.with_name("cdi_human.csv"))
+        return aoa.read_children(self.words.tasks.children)
 
 
 def find_sets(data: Path, year_name: str, mode: str) -> Sets:

@@ -275,10 +275,8 @@ def collect(sets: Sets, jobs: Jobs, tokenizer: Tokenizer, args: argparse.Namespa
         scored.glue[task] = next(iter(result["tasks"][task]["seeds"].values()))
 
     if scored.surprisals and YEARS[args.year].scores_age:
-        n_tokens = {pair.word: aoa.count_tokens(pair.word, tokenizer) for pair in sets.pairs}
         children = sets.read_children()
-        size = tokenizer.vocab_size
-        scored.age = aoa.score(sets.pairs, scored.surprisals, children, n_tokens, size)
+        scored.age = aoa.score_run(sets.pairs, scored.surprisals, children, tokenizer)
     return scored
 
 

@@ -279,6 +279,11 @@ class Tasks:
     reading: Path | None = None
     words: Path | None = None
 
+    @property
+    def children(self) -> Path:
+        """The file of children's shares, which lies beside that of the words."""
+        return self.words.with_name(CHILDREN)
+
 
 READING = "reading_data.csv"
 WORDS = "cdi_childes.json"
