@@ -174,7 +174,8 @@ def log_probs(
         logits = model(tokens, causal=causal, scored=positions)
     # in bfloat16 close options would tie, and a tie says nothing
     logits = logits.float()  # (R, K, V)
-    logits[..., list(absent)] = -torch.inf
+    if absent:
+        logits[..., list(absent)] = -torch.inf
     target_logits = logits.gather(-1, targets[..., None])[..., 0]
     return (target_logits - logits.logsumexp(-1)).cpu().numpy()
 
@@ -280,7 +281,7 @@ class Examiner:
         self, ids: list[np.ndarray], first: np.ndarray, mode: str, names: list[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Score texts as score() does, with this model and these settings."""
-        if self.protocol.own_template:
+        if self.protocol.own_template and self.run.template:
             texts = zip(ids, first, strict=True)
             texts = [apply_template(row, start, self.run, mode) for row, start in texts]
             ids = [row for row, _ in texts]

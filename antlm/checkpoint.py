@@ -161,9 +161,12 @@ class LoadedRun:
         return "+".join([*schedules, self.schedule])
 
     @property
-    def template(self) -> dict[str, bool]:
-        """Whether a start and an end token stand around a text; import_hf.py may say otherwise."""
-        return self.content.get("template", {"start": True, "end": False})
+    def template(self) -> dict[str, bool] | None:
+        """Whether an imported model has a start and an end token around a text.
+
+        None for a model of ours, which has a start token in front.
+        """
+        return self.content.get("template")
 
     @property
     def absent(self) -> list[int]:
