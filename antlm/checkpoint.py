@@ -177,6 +177,15 @@ class LoadedRun:
     def block_size(self) -> int:
         return self.settings["block_size"]
 
+    def history_entry(self) -> dict:
+        """Return what the history of a model that comes from this one says of it."""
+        return {
+            "path": str(self.path),
+            "sha256": file_sha256(self.path),
+            "schedule": self.schedule,
+            "words": self.content.get("words"),
+        }
+
     def describe(self) -> str:
         """Say which model this is."""
         text = f"{self.path}: step {self.step} of {self.schedule}, {self.model.config.backbone}"
@@ -233,16 +242,10 @@ def load_source(path: str, config: ModelConfig, corpus) -> dict:
                 value_there == value,
                 f"init_from = {path}: was trained with {name}={value_there!r}, not {value!r}",
             )
-    entry = {
-        "path": str(source.path),
-        "sha256": file_sha256(source.path),
-        "schedule": source.schedule,
-        "words": source.content.get("words"),
-    }
     return {
         "config": source.content["config"],
         "model": source.model.state_dict(),
-        "history": [*source.history, entry],
+        "history": [*source.history, source.history_entry()],
     }
 
 

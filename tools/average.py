@@ -18,14 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from antlm.checkpoint import (
-    WEIGHTS,
-    WEIGHTS_HELP,
-    LoadedRun,
-    file_sha256,
-    load_run,
-    save_checkpoint,
-)
+from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, load_run, save_checkpoint
 from antlm.files import new_folder, write_json
 from antlm.program import clean_exit
 from config import require
@@ -74,8 +67,7 @@ def average(runs: list[LoadedRun], shares: list[float], out: Path) -> Path:
     history = []
     sources = []
     for run, share in zip(runs, shares, strict=True):
-        source = {"path": str(run.path), "sha256": file_sha256(run.path), "share": share}
-        source |= {"schedule": run.schedule, "words": run.content.get("words")}
+        source = run.history_entry() | {"share": share}
         sources.append(source)
         history += run.history
         if run is not first:
