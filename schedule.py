@@ -36,6 +36,16 @@ def constant(x: float) -> float:
 DECAYS = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
+def words_before(history: list[dict]) -> int:
+    """Return the words that a model had seen when a run began; 0 where that is not known.
+
+    history: the runs that it was started from, the last of which had seen the words of all
+    """
+    if not history:
+        return 0
+    return history[-1]["words"] or 0
+
+
 def apportion(total: int, weights: list[int]) -> list[int]:
     """Split a whole number in proportion to weights, into whole numbers that add up to it.
 

@@ -35,7 +35,7 @@ from antlm.optim import OPTIMIZERS, WeightAverage, guarded_step, make_optimizers
 from config import require
 from data import OBJECTIVES, Batches, Corpus, MicroBatch, dropout_seed, find_objectives
 from model import ModelConfig, Transformer
-from schedule import DECAYS, Schedule, parse
+from schedule import DECAYS, Schedule, parse, words_before
 
 
 @dataclass
@@ -208,10 +208,6 @@ class Settings:
     def make_schedule(
         self, steps_per_epoch: int, words_per_epoch: int, history: list[dict]
     ) -> Schedule:
-        # of the runs that this one was started from, the last one had seen all words
-        words_before = 0
-        if history:
-            words_before = history[-1]["words"] or 0
         return Schedule(
             phases=parse(self.schedule),
             steps_per_epoch=steps_per_epoch,
@@ -225,7 +221,7 @@ class Settings:
             mask_decay=self.mask_decay,
             average_share=self.average_share,
             words_per_epoch=words_per_epoch,
-            words_before=words_before,
+            words_before=words_before(history),
         )
 
 

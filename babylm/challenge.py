@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from schedule import WORD_MARKS
+from schedule import WORD_MARKS, words_before
 
 BACKENDS = {"causal": "causal", "masked": "mlm", "mntp": "mntp"}  # what the pipelines call a mode
 
@@ -56,19 +56,6 @@ ENTITY = "entity_tracking"
 WUG_ADJ = "wug_adj_nominalization"
 WUG_PAST = "wug_past_tense"
 SEVEN = ("boolq", "mnli", "mrpc", "multirc", "qqp", "rte", "wsc")
-ELEVEN = (
-    "boolq",
-    "cola",
-    "mnli",
-    "mnli-mm",
-    "mrpc",
-    "multirc",
-    "qnli",
-    "qqp",
-    "rte",
-    "sst2",
-    "wsc",
-)
 GLUE_ITEMS = {
     "boolq": 1635,
     "cola": 522,
@@ -123,7 +110,7 @@ YEARS = {
             Set("blimp_supplement", "supplement_filtered", 5218),
             Set("ewok", "ewok_filtered", 7618),
         ),
-        glue=ELEVEN,
+        glue=tuple(GLUE_ITEMS),
         glue_config=(),
     ),
 }
@@ -140,10 +127,8 @@ def mark_name(words: int) -> str:
 
 def words_per_step(content: dict) -> float:
     """Return how many words a checkpoint's run has seen in a step."""
-    words_before = 0
-    if content.get("history"):  # of the runs that it was started from, the last one has seen all
-        words_before = content["history"][-1]["words"] or 0
-    return (content["words"] - words_before) / content["step"]
+    seen = content["words"] - words_before(content.get("history", []))
+    return seen / content["step"]
 
 
 def reached_mark(words: int, words_per_step: float, marks: list[int]) -> int | None:
