@@ -226,18 +226,15 @@ def mdlm(rows: Rows, hiding: Hiding) -> Batch:
     Source: Sahoo et al. 2024 (MDLM), and Nie et al. 2025 (LLaDA) for the form in which the number
     of hidden tokens is drawn.
     """
-    hidden, weights = diffuse(rows)
-    tokens = np.where(hidden, MASK, rows.tokens)
-    return Batch(tokens, np.where(hidden, rows.tokens, IGNORE), weights=weights)
+    return diffuse(rows)
 
 
 def mdntp(rows: Rows, hiding: Hiding) -> Batch:
     """Masked diffusion read one position earlier, as MNTP is, so that it goes well with CLM."""
-    hidden, weights = diffuse(rows, first=1)
-    tokens = np.where(hidden, MASK, rows.tokens)
-    targets = np.where(hidden, rows.tokens, IGNORE)
+    batch = diffuse(rows, first=1)
     # a row's first token is never hidden, so that nothing comes round to the last position
-    return Batch(tokens, np.roll(targets, -1, axis=1), weights=np.roll(weights, -1, axis=1))
+    targets = np.roll(batch.targets, -1, axis=1)
+    return Batch(batch.tokens, targets, weights=np.roll(batch.weights, -1, axis=1))
 
 
 class Objective(NamedTuple):
@@ -287,6 +284,23 @@ def find_objectives(schedule: str, path: Path | None = None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def find_hideable(rows: Rows, first: int) -> np.ndarray:
+    """Return (R, T) whether a token may be hidden: no special one, nor one before `first`."""
+    position = np.arange(rows.tokens.shape[1])
+    return rows.inside & (rows.tokens >= len(SPECIAL)) & (position >= first)
+
+
+def shuffle(rows: Rows, key: np.ndarray, hideable: np.ndarray) -> np.ndarray:
+    """Return (R, T) the positions of each row in the order in which they are hidden.
+
+    key: positions of one key follow one another; those that must not be hidden come last
+    """
+    # 63 random bits, so that 1 << 63 comes after every one of them
+    rank = rows.random(CHOICE, key) >> np.uint64(1)
+    rank = np.where(hideable, rank, np.uint64(1 << 63))
+    return np.argsort(rank, axis=1, kind="stable")
+
+
 def hide_tokens(rows: Rows, hiding: Hiding, first: int = 0):
     """Hide a share of the tokens of each row, never special ones nor those before `first`.
 
@@ -301,12 +315,9 @@ def hide_tokens(rows: Rows, hiding: Hiding, first: int = 0):
     opens = uniform(rows.random(SPAN, position)) < 1 / hiding.span
     span_start = np.maximum.accumulate(np.where(opens, position, 0), axis=1)  # (R, T)
 
-    # shuffle the spans and take tokens in that order; those that must not be hidden come last
-    hideable = rows.inside & (rows.tokens >= len(SPECIAL)) & (position >= first)
-    # 63 random bits, so that 1 << 63 comes after every one of them
-    rank = rows.random(CHOICE, span_start) >> np.uint64(1)
-    rank = np.where(hideable, rank, np.uint64(1 << 63))
-    chosen = np.argsort(rank, axis=1, kind="stable")[:, : hiding.slots]  # (R, K)
+    # shuffle the spans and take tokens in that order
+    hideable = find_hideable(rows, first)
+    chosen = shuffle(rows, span_start, hideable)[:, : hiding.slots]  # (R, K)
 
     # row r hides so many that rows 0 to r together hide floor((r + 1) * rate * T): every step then
     # hides the same number of tokens, and the shapes behind the vocabulary head are static
@@ -342,14 +353,13 @@ def place_targets(rows: Rows, position: np.ndarray, original: np.ndarray, hidden
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def diffuse(rows: Rows, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Choose which tokens masked diffusion hides, never special ones nor those before `first`.
+def diffuse(rows: Rows, first: int = 0) -> Batch:
+    """Hide tokens as masked diffusion does, never special ones nor those before `first`.
 
-    Returns (R, T) whether a token is hidden, and the weight of its loss: L / l where l of the L
-    tokens of its row are, so that every token counts 1 on average.
+    A target stands where its token stood. Its weight is L / l where l of the L tokens of its row
+    are hidden, so that every token counts 1 on average.
     """
-    position = np.arange(rows.tokens.shape[1])
-    hideable = rows.inside & (rows.tokens >= len(SPECIAL)) & (position >= first)  # (R, T)
+    hideable = find_hideable(rows, first)  # (R, T)
 
     # How much of a row is hidden: multiples of the golden ratio, from a random start, lie evenly
     # in [0, 1) for any run of rows. Drawn one by one, few rows would be all nearly open by chance.
@@ -358,14 +368,15 @@ def diffuse(rows: Rows, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     n_hideable = hideable.sum(axis=1)
     n_hidden = np.minimum(1 + np.floor(rate * n_hideable), n_hideable)
 
-    # shuffle the tokens and hide the first ones; those that must not be hidden come last
-    order = rows.random(CHOICE, position) >> np.uint64(1)
-    order = np.where(hideable, order, np.uint64(1 << 63))
-    rank = np.argsort(np.argsort(order, axis=1, kind="stable"), axis=1)
-    hidden = rank < n_hidden[:, None]
-
-    weight = n_hideable / np.maximum(n_hidden, 1)
-    return hidden, np.where(hidden, weight[:, None], 0).astype(np.float32)
+    # shuffle the tokens and hide the first ones, always behind <mask>
+    place = np.argsort(shuffle(rows, np.arange(rows.tokens.shape[1]), hideable), axis=1)
+    hidden = place < n_hidden[:, None]
+    weight = (n_hideable / np.maximum(n_hidden, 1))[:, None]
+    return Batch(
+        tokens=np.where(hidden, MASK, rows.tokens),
+        targets=np.where(hidden, rows.tokens, IGNORE),
+        weights=np.where(hidden, weight, 0).astype(np.float32),
+    )
 
 
 # ------------------------------------------------------------------------------------ which tokens
