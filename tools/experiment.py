@@ -375,8 +375,7 @@ def measure(spec: Spec, run: Run, items: dict[str, str]) -> dict[str, float]:
     # what alternation costs: the rises of an objective's loss in phases that do not train it
     for forgetting in plot.find_forgetting(training):
         name = f"dev loss {forgetting.objective} forgotten"
-        change = forgetting.after - forgetting.before
-        numbers[name] = numbers.get(name, 0.0) + change
+        numbers[name] = numbers.get(name, 0.0) + forgetting.change
     # arms are comparable only on the same items
     for file in run.results.values():
         for task, result in read_result(file)["tasks"].items():

@@ -85,9 +85,12 @@ class Forgetting(NamedTuple):
     before: float
     after: float
 
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
     def __str__(self):
-        change = self.after - self.before
-        return f"{self.objective} {self.before:.3f} to {self.after:.3f} ({change:+.3f})"
+        return f"{self.objective} {self.before:.3f} to {self.after:.3f} ({self.change:+.3f})"
 
 
 def find_forgetting(training: Training) -> list[Forgetting]:
@@ -222,7 +225,7 @@ def draw_run(above, below, run: Training, name: str, dashes: str, colours: dict[
     # by how much a phase raised the loss of what it does not train
     for forgetting in find_forgetting(run):
         above.annotate(
-            f"{forgetting.after - forgetting.before:+.2f}",
+            f"{forgetting.change:+.2f}",
             (forgetting.end, forgetting.after),
             xytext=(-2, 3),
             textcoords="offset points",
