@@ -179,6 +179,11 @@ def set_path(scored: Scored, part: Set) -> str:
     return zero_shot_path(scored, "main", part.tree, part.folder, "predictions.json")
 
 
+def words_path(scored: Scored, file: str) -> str:
+    """Return where a file of the age of acquisition lies, which is of all checkpoints."""
+    return zero_shot_path(scored, "main", "AoA_word", file)
+
+
 def glue_path(task: str) -> str:
     return f"main/finetune/{task}/predictions.json"
 
@@ -199,11 +204,10 @@ def result_tree(scored: Scored) -> dict[str, dict]:
             content = set_file(tasks, result, scored.mode, scored.year)
             tree[zero_shot_path(scored, mark_name(mark), *path)] = content
     if scored.surprisals:
-        path = zero_shot_path(scored, "main", "AoA_word", "surprisal.json")
-        tree[path] = aoa.surprisal_file(scored.name, scored.pairs, scored.surprisals)
+        content = aoa.surprisal_file(scored.name, scored.pairs, scored.surprisals)
+        tree[words_path(scored, "surprisal.json")] = content
     if scored.age is not None:
-        path = zero_shot_path(scored, "main", "AoA_word", "aoa_score.json")
-        tree[path] = aoa.score_file(scored.age)
+        tree[words_path(scored, "aoa_score.json")] = aoa.score_file(scored.age)
     return tree
 
 
@@ -217,11 +221,9 @@ def collate(scored: Scored, tree: dict[str, dict]) -> dict:
     # the surprisals are taken only if they are those of all checkpoints
     content[year.words] = None
     if set(scored.surprisals) == set(TRACKS[scored.track]):
-        path = zero_shot_path(scored, "main", "AoA_word", "surprisal.json")
-        content[year.words] = tree[path]
+        content[year.words] = tree[words_path(scored, "surprisal.json")]
     if year.scores_age:
-        path = zero_shot_path(scored, "main", "AoA_word", "aoa_score.json")
-        content["aoa"] = tree.get(path)
+        content["aoa"] = tree.get(words_path(scored, "aoa_score.json"))
     content["glue"] = {}
     for task in year.glue:
         content["glue"] |= tree.get(glue_path(task), {})
