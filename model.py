@@ -170,11 +170,11 @@ class LlamaEmbedding(nn.Module):
         return self.tokens(tokens), (angle.cos(), angle.sin())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the two halves of each head by their angles (the layout of Hugging Face)."""
-    a, b = x.chunk(2, dim=-1)
-    # back to the type of x: the angles are float32
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm by way of ops.rms_norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class LlamaBlock(nn.Module):
@@ -184,11 +184,11 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.attention_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.attention_norm = RMSNorm(config.n_embd, eps=1e-6)
         # one product for queries, keys and values is faster than three
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.ff_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.ff_norm = RMSNorm(config.n_embd, eps=1e-6)
         self.gate_up = nn.Linear(config.n_embd, 2 * config.n_ff, bias=False)
         self.down = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
@@ -197,10 +197,8 @@ class LlamaBlock(nn.Module):
         rate = self.dropout if self.training else 0.0
 
         # attention: mix what the positions say
-        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
-        q = rotate(split_heads(q, self.n_head), cos, sin)
-        k = rotate(split_heads(k, self.n_head), cos, sin)
-        v = split_heads(v, self.n_head)  # (B, H, T, d)
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.n_head, -1))
+        q, k, v = (y.transpose(1, 2) for y in ops.rotary_heads(qkv, cos, sin))  # (B, H, T, d)
         k, v = update_cache(cache, k, v)
         y = merge_heads(attend(q, k, v, mask, rate=rate))
         x = x + dropout(self.out(y), rate)
@@ -213,7 +211,7 @@ class LlamaBlock(nn.Module):
 class LlamaHead(nn.Module):
     def __init__(self, config: ModelConfig, embedding: nn.Embedding):
         super().__init__()
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.norm = RMSNorm(config.n_embd, eps=1e-6)
         self.vocab = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # tied: one matrix reads the tokens and writes them
         if config.tied:

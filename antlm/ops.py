@@ -12,6 +12,121 @@ from torch import Tensor
 
 from antlm import IGNORE
 
+FULL_PRECISION = (torch.float32, torch.float64)
+
+
+def has_few_passes(x: Tensor) -> bool:
+    """Whether the forms below that pass over memory less often are faster than torch's chains.
+
+    A compiler makes one loop of a chain by itself, and autocast mixes types within one.
+    """
+    return (
+        x.device.type == "cpu" and x.dtype in FULL_PRECISION and not torch.compiler.is_compiling()
+    )
+
+
+# --------------------------------------------------------------------------------------- RMSNorm
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide by the root mean square, and scale: Zhang and Sennrich 2019."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm over the last dimension; x (..., D), weight (D,)."""
+    if has_few_passes(x):
+        return RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class RMSNorm(torch.autograd.Function):
+    """rms_norm in a third of the passes over x, by the kernel that LayerNorm has on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(length.square_().div_(x.size(-1)).add_(eps))
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        # of a LayerNorm whose mean is 0: it differs by what of the gradient would move the mean
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, (True, True, False)
+        )
+        mean = (grad.flatten(0, -2) @ weight).div_(len(weight)).view_as(scale)
+        return grad_x.add_(mean.mul_(scale)), grad_weight, None
+
+
+# --------------------------------------------------------------------------------- rotary positions
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of each head by their angles (the layout of Hugging Face)."""
+    a, b = x.chunk(2, dim=-1)
+    cos = cos[:, None]
+    sin = sin[:, None]
+    # back to the type of x: the angles are float32
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def plain_rotary_heads(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give queries and keys their positions; the arguments are those of rotary_heads."""
+    q, k, v = qkv.unbind(2)
+    return plain_rotate(q, cos, sin), plain_rotate(k, cos, sin), v
+
+
+def rotary_heads(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and keys with rotary positions (Su et al. 2021), and the values as they are.
+
+    qkv (B, T, 3, H, d); cos and sin (T, d / 2); the results are (B, T, H, d)
+    """
+    if has_few_passes(qkv):
+        return RotaryHeads.apply(qkv, cos, sin)
+    return plain_rotary_heads(qkv, cos, sin)
+
+
+class RotaryHeads(torch.autograd.Function):
+    """rotary_heads without pieces that are put together again, forward or backward."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        q, k, v = qkv.unbind(2)
+        q = turn(q, cos, sin, out=torch.empty_like(q))
+        k = turn(k, cos, sin, out=torch.empty_like(k))
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_k, grad_v):
+        cos, sin = ctx.saved_tensors
+        B, T, H, d = grad_q.shape
+        grad = grad_q.new_empty(B, T, 3, H, d)
+        q, k, v = grad.unbind(2)
+        # the gradient is turned back
+        turn(grad_q, cos, -sin, out=q)
+        turn(grad_k, cos, -sin, out=k)
+        v.copy_(grad_v)
+        return grad, None, None
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """Write plain_rotate of x to `out`."""
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)[:, None]
+    # the cosines of all heads: long runs through memory are faster than one for each half
+    all_cos = torch.cat((cos, cos), dim=-1).repeat(1, x.size(2)).view(x.shape[1:])
+    torch.mul(x, all_cos, out=out)
+    a, b = x.chunk(2, dim=-1)
+    out_a, out_b = out.chunk(2, dim=-1)
+    out_a.addcmul_(b, sin, value=-1)
+    out_b.addcmul_(a, sin)
+    return out
+
+
 # --------------------------------------------------------------------------------------- dropout
 
 

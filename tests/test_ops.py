@@ -44,6 +44,59 @@ def assert_same_function(fast, plain, inputs: list, tolerance: float, **argument
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+# ----------------------------------------------------------- norm and rotation of BabyLlama
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("shape", [(2, 5, 24), (3, 1, 8), (7, 16)])
+def test_rms_norm_is_the_formula(device, dtype, tolerance, shape):
+    x = random(*shape, device=device, dtype=dtype) * 3
+    weight = random(shape[-1], device=device, dtype=dtype)
+    fast, plain = ops.rms_norm, ops.plain_rms_norm
+    assert_same_function(fast, plain, [x, weight], tolerance, eps=0.1)
+
+
+@each_device
+@each_dtype
+def test_rotary_heads_are_the_formula(device, dtype, tolerance):
+    qkv = random(2, 5, 3, 4, 8, device=device, dtype=dtype)
+    angle = random(5, 4, device=device, dtype=torch.float32)
+    arguments = {"cos": angle.cos(), "sin": angle.sin()}
+    tolerance = max(tolerance, 1e-6)
+    assert_same_function(fast_heads, plain_heads, [qkv], tolerance, **arguments)
+
+
+def fast_heads(qkv, cos, sin):
+    return torch.stack(ops.rotary_heads(qkv, cos, sin))
+
+
+def plain_heads(qkv, cos, sin):
+    return torch.stack(ops.plain_rotary_heads(qkv, cos, sin))
+
+
+def test_a_rotation_turns_pairs_and_keeps_their_length():
+    pairs = torch.tensor([1.0, 0.0, 0.0, 2.0])  # (1, 0) and (0, 2)
+    angle = torch.tensor([[math.pi / 2, math.pi / 6]])
+    q, k, v = ops.rotary_heads(pairs.expand(1, 1, 3, 1, 4), angle.cos(), angle.sin())
+    expected = torch.tensor([0.0, -1.0, 1.0, math.sqrt(3)])  # (0, 1) and (-1, sqrt 3)
+    torch.testing.assert_close(q.flatten(), expected)
+    torch.testing.assert_close(k.flatten(), expected)
+    torch.testing.assert_close(v.flatten(), pairs)
+
+
+def test_without_gradients_they_are_the_same():
+    x = random(2, 5, 8)
+    qkv = random(2, 5, 3, 2, 8)
+    angle = random(5, 4)
+    weight = random(8)
+    with torch.inference_mode():
+        heads = fast_heads(qkv, angle.cos(), angle.sin())
+        torch.testing.assert_close(heads, plain_heads(qkv, angle.cos(), angle.sin()))
+        normed = ops.rms_norm(x, weight, 1e-6)
+        torch.testing.assert_close(normed, ops.plain_rms_norm(x, weight, 1e-6))
+
+
 # ----------------------------------------------------------------------------------- attention
 
 
