@@ -304,21 +304,24 @@ class ChunkedLoss(torch.autograd.Function):
                 scale = scale.reshape(-1, 1)
                 target = target.clamp(min=0).view(-1, 1)  # an IGNORE needs some column, too
 
-                # -log p(target) = log sum exp(logits) - logits[target]
-                logits = F.linear(h, matrix, bias).to(loss_dtype)
-                total = logits.logsumexp(-1, keepdim=True)
-                loss = loss + ((total - logits.gather(1, target)) * scale).sum()
+                log_probs = F.linear(h, matrix, bias).log_softmax(-1, dtype=loss_dtype)
+                loss = loss - (log_probs.gather(1, target) * scale).sum()
                 if not needs_grad:
                     continue
 
-                # d loss / d logits = softmax(logits) - one_hot(target)
-                grad = logits.sub_(total).exp_()
-                grad = grad.scatter_add_(1, target, torch.full_like(total, -1)).mul_(scale)
+                # d loss / d logits = (softmax(logits) - one_hot(target)) * scale, where the scale
+                # is left to the factors behind it, which are narrower
+                grad = log_probs.exp_()
+                grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1))
                 if grad_bias is not None:
-                    grad_bias = grad_bias + grad.sum(0)
+                    grad_bias += scale[:, 0].to(loss_dtype) @ grad
                 grad = grad.to(dtype)
-                grad_x.append(grad @ matrix)
-                grad_weight += grad.T @ h
+                grad_x.append((grad @ matrix).mul_(scale))
+                scaled_h = (h * scale).to(dtype)
+                if grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad.T, scaled_h)
+                else:
+                    grad_weight += grad.T @ scaled_h
 
         if needs_grad:
             grad_x = torch.cat(grad_x).to(x.dtype).view_as(x)
