@@ -341,8 +341,7 @@ class LTGBlock(nn.Module):
         x = x + dropout(self.out_norm(self.out(y)), rate)
 
         # feed-forward
-        up, gate = self.up_gate(bare_norm(x)).chunk(2, dim=-1)  # (B, T, F) each
-        y = bare_norm(up * F.gelu(gate, approximate="tanh"))
+        y = ops.gated_norm(self.up_gate(bare_norm(x)), eps=1e-7)  # (B, T, F)
         return x + dropout(self.down(y), rate)
 
 

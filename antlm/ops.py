@@ -98,7 +98,8 @@ class RotaryHeads(torch.autograd.Function):
         q, k, v = qkv.unbind(2)
         q = turn(q, cos, sin, out=torch.empty_like(q))
         k = turn(k, cos, sin, out=torch.empty_like(k))
-        return q, k, v
+        # a view of the values would keep the memory of all three
+        return q, k, v.clone()
 
     @staticmethod
     def backward(ctx, grad_q, grad_k, grad_v):
@@ -127,6 +128,49 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+# --------------------------------------------------------------------- LTG-BERT's gate and its norm
+
+
+def plain_gated_norm(x: Tensor, eps: float) -> Tensor:
+    """Apply GEGLU (Shazeer 2020), then LayerNorm without affine parameters."""
+    up, gate = x.chunk(2, dim=-1)
+    y = up * F.gelu(gate, approximate="tanh")
+    return F.layer_norm(y, y.shape[-1:], eps=eps)
+
+
+def gated_norm(x: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm(up * gelu(gate)) of x (..., 2 F), whose halves are up and gate."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return GatedNorm.apply(x, eps)
+    return plain_gated_norm(x, eps)
+
+
+class GatedNorm(torch.autograd.Function):
+    """gated_norm, which computes the gate a second time and so keeps x alone: 2 F, not 4 F."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        up, gate = x.chunk(2, dim=-1)
+        gated = F.gelu(gate, approximate="tanh").mul_(up)
+        y, mean, rstd = torch.native_layer_norm(gated, gated.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, rstd = ctx.saved_tensors
+        up, gate = x.chunk(2, dim=-1)
+        gelu = F.gelu(gate, approximate="tanh")
+        grad_gated, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, up * gelu, gelu.shape[-1:], mean, rstd, None, None, (True, False, False)
+        )
+        grad_x = torch.empty_like(x)
+        grad_up, grad_gate = grad_x.chunk(2, dim=-1)
+        torch.mul(grad_gated, gelu, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.gelu_backward(grad_gated.mul_(up), gate, approximate="tanh"))
+        return grad_x, None
+
+
 # --------------------------------------------------------------------------------------- dropout
 
 
@@ -143,7 +187,22 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     bits = torch.randint(-largest, largest, (math.ceil(x.numel() / 4),)).view(torch.int16)
     bits = bits[: x.numel()].view(x.shape)
     kept = bits >= n_dropped - 32768
-    return x * kept.to(x.dtype).mul_(65536 / (65536 - n_dropped))
+    return Kept.apply(x, kept, 65536 / (65536 - n_dropped))
+
+
+class Kept(torch.autograd.Function):
+    """x * kept * factor, which remembers a byte for each element and not a number."""
+
+    @staticmethod
+    def forward(ctx, x, kept, factor):
+        ctx.save_for_backward(kept)
+        ctx.factor = factor
+        return torch.where(kept, x, 0).mul_(factor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        return torch.where(kept, grad, 0).mul_(ctx.factor), None, None
 
 
 # ------------------------------------------------------------------------------------- attention

@@ -44,7 +44,7 @@ def assert_same_function(fast, plain, inputs: list, tolerance: float, **argument
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# ----------------------------------------------------------- norm and rotation of BabyLlama
+# --------------------------------------------------------------------- norms, rotation and gate
 
 
 @each_device
@@ -73,6 +73,13 @@ def fast_heads(qkv, cos, sin):
 
 def plain_heads(qkv, cos, sin):
     return torch.stack(ops.plain_rotary_heads(qkv, cos, sin))
+
+
+@each_device
+@each_dtype
+def test_the_gate_and_its_norm_are_the_formula(device, dtype, tolerance):
+    x = random(2, 5, 12, device=device, dtype=dtype)
+    assert_same_function(ops.gated_norm, ops.plain_gated_norm, [x], tolerance, eps=0.1)
 
 
 def test_a_rotation_turns_pairs_and_keeps_their_length():
