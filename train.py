@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import config
 from antlm.checkpoint import RunFolder, load_source, restore
+from antlm.compiling import missing_for_compile
 from antlm.distributed import (
     DEVICES,
     PRECISIONS,
@@ -28,7 +29,6 @@ from antlm.distributed import (
     errors_in_one_line,
     has_fast_bfloat16,
     leave,
-    missing_for_compile,
 )
 from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, WeightAverage, guarded_step, make_optimizers

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, TINY
 
 from antlm.checkpoint import save_checkpoint
-from antlm.distributed import find_compiler, missing_for_compile
+from antlm.compiling import find_compiler, missing_for_compile
 from antlm.files import new_folder, write_json
 from antlm.program import STOP_SIGNALS, clean_exit
 from antlm.tokenizer import Tokenizer

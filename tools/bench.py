@@ -38,7 +38,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import eval as evaluation
 from antlm import IGNORE
-from antlm.distributed import Processes, find_device, has_fast_bfloat16, missing_for_compile
+from antlm.compiling import missing_for_compile
+from antlm.distributed import Processes, find_device, has_fast_bfloat16
 from antlm.optim import guarded_step, make_optimizers
 from antlm.program import clean_exit
 from antlm.tokenizer import MASK, SPECIAL, Tokenizer
