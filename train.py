@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import config
+from antlm import compiling
 from antlm.checkpoint import RunFolder, load_source, restore
-from antlm.compiling import missing_for_compile
 from antlm.distributed import (
     DEVICES,
     PRECISIONS,
@@ -345,18 +345,6 @@ def evaluate(
     return losses
 
 
-def compiles(s: Settings, device: torch.device) -> bool:
-    """Whether the model is compiled; raises UserError where it should be and cannot."""
-    missing = missing_for_compile(device)
-    require(
-        s.compile != "on" or missing is None,
-        f"compile = 'on' needs {missing}; install it, or choose off",
-    )
-    # a compiled model takes a minute or more to build: on a CPU many runs would not win it back
-    wanted = s.compile == "on" or (s.compile == "auto" and device.type == "cuda")
-    return wanted and missing is None
-
-
 def count_shapes(s: Settings, batches: Batches, world: int) -> int:
     """Return how many kinds of forward pass the schedule has: a compiled model builds each once."""
     shapes = set()
@@ -379,15 +367,17 @@ def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:
     )
 
 
-def describe_machine(s: Settings, processes: Processes, bfloat16: bool, compiled: bool) -> str:
+def describe_machine(
+    s: Settings, processes: Processes, bfloat16: bool, choice: compiling.Choice
+) -> str:
     """Say where it is trained and how, and why `auto` has picked that."""
     line = f"device {processes.describe_device()}, {processes.world} process(es); precision "
     line += "bfloat16 autocast" if bfloat16 else "float32"
     if s.precision == "auto":
         line += " (auto: bfloat16 where the device has fast instructions for it)"
-    line += "; compile on" if compiled else "; compile off"
-    if s.compile == "auto":
-        line += " (auto: on for a GPU with a C compiler)"
+    line += "; compile on" if choice.compiled else "; compile off"
+    if choice.reason:
+        line += f" ({choice.reason})"
 
     # threads that wait for those of another program do less than half of the work
     if processes.device.type == "cpu" and processes.world == 1:
@@ -429,16 +419,24 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     # ---------------------------------------------------------- precision, compilation, parallelism
     bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and has_fast_bfloat16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    compiled = compiles(s, device)
-    if compiled:
+    n_shapes = count_shapes(s, batches, processes.world)
+    tokens = (schedule.steps - start) * s.batch_rows * s.block_size
+    choice = compiling.choose(
+        s.compile,
+        processes,
+        flops=6 * tokens * sum(p.numel() for p in model.parameters()),
+        n_shapes=n_shapes,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+    )
+    if choice.compiled:
         # torch would go on uncompiled after the eighth shape
-        torch._dynamo.config.recompile_limit = max(8, count_shapes(s, batches, processes.world))
+        torch._dynamo.config.recompile_limit = max(8, n_shapes)
         model.compile(dynamic=False)  # in place; model.forward stays uncompiled, for evaluation
     ddp = model
     if processes.world > 1:  # no buffer ever changes, so none is broadcast
         ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     processes.print(describe(s, model, corpus, schedule))
-    processes.print(describe_machine(s, processes, bfloat16, compiled))
+    processes.print(describe_machine(s, processes, bfloat16, choice))
     processes.print(f"run {run.path}, starts at step {start} of {schedule.steps}")
 
     # ------------------------------------------------------------------------------------- the loop

@@ -4,9 +4,107 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from antlm.distributed import Processes
+from config import require
+
+# On a CPU a build takes half a minute to a minute for each shape of a forward pass, and a step is a
+# tenth to a quarter faster by it: so much training a shape, in seconds, wins that back.
+WORTH_A_SHAPE = 600
+UNCOMPILED_MFU = 0.6  # share of the speed of large matrix products that training comes to
+LEAST_FLOPS = 3e13  # minutes of training on any CPU: too few to measure the machine first
+
+
+class Choice(NamedTuple):
+    """Whether the model is compiled, and why `auto` has picked that; "" where it did not."""
+
+    compiled: bool
+    reason: str
+
+
+def choose(
+    setting: str, processes: Processes, flops: float, n_shapes: int, dtype: torch.dtype
+) -> Choice:
+    """Decide, for all processes alike, whether the model is compiled.
+
+    setting: on, off or auto
+    flops: of all training that is left, in all processes; dtype: of its products
+    n_shapes: kinds of forward passes, each of which is built once
+    Raises UserError where the model should be compiled and cannot be.
+    """
+    device = processes.device
+    if setting == "off":
+        return Choice(False, "")
+    reason = ""
+    if setting == "auto":
+        reason = f"auto: on for {device.type}"
+        if device.type == "mps":
+            return Choice(False, "auto: off for mps")
+        if device.type == "cpu":
+            needed = WORTH_A_SHAPE * n_shapes
+            seconds = uncompiled_seconds(processes, flops, dtype)
+            reason = (
+                f"auto: about {seconds / 60:.0f} minutes of training without it, "
+                f"worth it from {needed / 60:.0f} on"
+            )
+            if seconds < needed:
+                return Choice(False, reason)
+
+    # a process that cannot compile decides for all
+    problem = missing_for_compile(device)
+    if problem is None:
+        problem = compile_failure(device)
+    n_failing = processes.sum([problem is not None])[0]
+    if problem is None and n_failing:
+        problem = "a compiler in all processes"
+    require(
+        setting != "on" or problem is None,
+        f"compile = 'on' needs {problem}; install it, or choose off",
+    )
+    if problem is not None:
+        return Choice(False, f"auto: it needs {problem}")
+    return Choice(True, reason)
+
+
+def uncompiled_seconds(processes: Processes, flops: float, dtype: torch.dtype) -> float:
+    """Predict how long training takes uncompiled, the same in all processes."""
+    if flops < LEAST_FLOPS:
+        return 0.0
+    speeds = processes.sum([product_speed(processes.device, dtype)])[0]
+    return flops / (UNCOMPILED_MFU * speeds)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of matrix products, 1,024 numbers a side, the best of ten."""
+    n = 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+def compile_failure(device: torch.device) -> str | None:
+    """Compile a small function, and say in one line what fails; None if nothing does."""
+    # slow to import, and most runs on a CPU do not compile
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.utils import fresh_cache
+
+    function = torch.compile(torch.nn.functional.silu, dynamic=False)
+    try:
+        with fresh_cache():  # or what an earlier call has built would be taken
+            function(torch.ones(64, device=device))
+    except TorchDynamoException as error:
+        first_line = str(error).splitlines()[0]
+        return f"a compiler that works ({first_line})"
+    return None
 
 
 def find_compiler(device: torch.device) -> str | None:

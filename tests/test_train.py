@@ -50,6 +50,7 @@ from antlm.checkpoint import (
     load_run,
     step_of,
 )
+from antlm.compiling import Choice, choose, missing_for_compile, product_speed
 from antlm.metrics import TrainingLog
 from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
 from config import UserError
@@ -589,6 +590,46 @@ def test_without_a_compiler_a_run_is_refused_or_goes_on_uncompiled(short_run, mo
     assert "needs a C++ compiler" in refusal(*short_run, "--compile=on")
     train_here(*short_run, "--compile=auto")
     assert "compile off" in capsys.readouterr().out
+    # where a run would be long enough
+    choice = choose("auto", train.Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
+    assert choice == (False, "auto: it needs a C++ compiler (g++, or the one that CXX names)")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_costs_a_line():
+    """In a process of its own: torch asks once which compiler there is."""
+    code = """
+import torch
+from antlm.compiling import choose
+from antlm.distributed import Processes
+choice = choose("auto", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
+print(choice.compiled, choice.reason)
+choose("on", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CXX": "false"},  # a program that is there, and compiles nothing
+        cwd=Path(train.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    problem = "a compiler that works (InvalidCxxCompiler: "
+    assert process.stdout.startswith(f"False auto: it needs {problem}")
+    last_line = process.stderr.splitlines()[-1]
+    assert last_line.startswith(f"config.UserError: compile = 'on' needs {problem}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    missing_for_compile(torch.device("cpu")) is not None, reason="needs a C++ compiler"
+)
+def test_auto_compiles_long_runs_on_a_cpu():
+    processes = train.Processes("cpu")
+    seconds = 1e16 / (0.6 * product_speed(processes.device, torch.float32))
+    for n_shapes, compiled in ((1, True), (math.ceil(seconds / 100), False)):
+        choice = choose("auto", processes, flops=1e16, n_shapes=n_shapes, dtype=torch.float32)
+        assert choice.compiled == compiled
+        assert re.search(r"about \d+ minutes of training without it, worth it from", choice.reason)
 
 
 def test_a_machine_that_is_busy_with_other_work_is_mentioned():
@@ -599,9 +640,11 @@ def test_a_machine_that_is_busy_with_other_work_is_mentioned():
     other_work = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.5)
-        described = train.describe_machine(train.Settings(), processes, False, False)
+        described = train.describe_machine(train.Settings(), processes, False, Choice(False, ""))
         torch.set_num_threads(1)
-        described_alone = train.describe_machine(train.Settings(), processes, False, False)
+        described_alone = train.describe_machine(
+            train.Settings(), processes, False, Choice(False, "")
+        )
     finally:
         other_work.kill()
     assert "OMP_NUM_THREADS=1" in described
