@@ -27,6 +27,7 @@ ALLOWED = {
     "antlm.ops": {"antlm"},
     "antlm.optim": set(),
     "antlm.distributed": {"antlm.program", "config"},
+    "antlm.compiling": {"antlm.distributed", "config"},
     "model": {"antlm", "antlm.ops", "config"},
     "data": {"antlm", "antlm.tokenizer", "schedule", "config"},
     "antlm.checkpoint": {"antlm.files", "antlm.tokenizer", "antlm.distributed", "model", "config"},
