@@ -354,6 +354,16 @@ def count_shapes(s: Settings, batches: Batches, world: int) -> int:
     return len(shapes)
 
 
+def choose_compilation(
+    s: Settings, model, steps: int, n_shapes: int, processes: Processes, bfloat16: bool
+) -> compiling.Choice:
+    """Decide whether the model is compiled for the steps that are left; raises UserError."""
+    tokens = steps * s.batch_rows * s.block_size
+    n_params = sum(p.numel() for p in model.parameters())
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    return compiling.choose(s.compile, processes, 6 * tokens * n_params, n_shapes, dtype)
+
+
 def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:
     """Say what is trained, on what and for how long."""
     # tied weights are one parameter and count once
@@ -420,17 +430,9 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and has_fast_bfloat16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     n_shapes = count_shapes(s, batches, processes.world)
-    tokens = (schedule.steps - start) * s.batch_rows * s.block_size
-    choice = compiling.choose(
-        s.compile,
-        processes,
-        flops=6 * tokens * sum(p.numel() for p in model.parameters()),
-        n_shapes=n_shapes,
-        dtype=torch.bfloat16 if bfloat16 else torch.float32,
-    )
+    choice = choose_compilation(s, model, schedule.steps - start, n_shapes, processes, bfloat16)
     if choice.compiled:
-        # torch would go on uncompiled after the eighth shape
-        torch._dynamo.config.recompile_limit = max(8, n_shapes)
+        torch._dynamo.config.recompile_limit = max(8, n_shapes)  # beyond it, torch compiles no more
         model.compile(dynamic=False)  # in place; model.forward stays uncompiled, for evaluation
     ddp = model
     if processes.world > 1:  # no buffer ever changes, so none is broadcast

@@ -49,8 +49,8 @@ def choose(
             needed = WORTH_A_SHAPE * n_shapes
             seconds = uncompiled_seconds(processes, flops, dtype)
             reason = (
-                f"auto: about {seconds / 60:.0f} minutes of training without it, "
-                f"worth it from {needed / 60:.0f} on"
+                f"auto: about {seconds / 60:.0f} min of training without it, "
+                f"worth it from {needed / 60:.0f} min on"
             )
             if seconds < needed:
                 return Choice(False, reason)
