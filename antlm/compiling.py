@@ -13,8 +13,8 @@ import torch
 from antlm.distributed import Processes
 from config import require
 
-# On a CPU a build takes half a minute to a minute for each shape of a forward pass, and a step is a
-# tenth to a quarter faster by it: so much training a shape, in seconds, wins that back.
+# On a CPU a build takes half a minute or more for each shape of a forward pass, and a step is 8 to
+# 25% faster by it: so much training a shape, in seconds, wins that back.
 WORTH_A_SHAPE = 600
 UNCOMPILED_MFU = 0.6  # share of the speed of large matrix products that training comes to
 LEAST_FLOPS = 3e13  # minutes of training on any CPU: too few to measure the machine first

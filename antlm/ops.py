@@ -15,14 +15,17 @@ from antlm import IGNORE
 FULL_PRECISION = (torch.float32, torch.float64)
 
 
-def has_few_passes(x: Tensor) -> bool:
-    """Whether the forms below that pass over memory less often are faster than torch's chains.
+def runs_eagerly_on_cpu(x: Tensor) -> bool:
+    """Whether each operation on x is a pass over memory: a compiler makes one loop of a chain."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    A compiler makes one loop of a chain by itself, and autocast mixes types within one.
+
+def has_few_passes(x: Tensor) -> bool:
+    """Whether norm and rotation below, which pass over memory less often, may take x.
+
+    Autocast mixes types within a chain, which they do not.
     """
-    return (
-        x.device.type == "cpu" and x.dtype in FULL_PRECISION and not torch.compiler.is_compiling()
-    )
+    return runs_eagerly_on_cpu(x) and x.dtype in FULL_PRECISION
 
 
 # --------------------------------------------------------------------------------------- RMSNorm
@@ -140,7 +143,7 @@ def plain_gated_norm(x: Tensor, eps: float) -> Tensor:
 
 def gated_norm(x: Tensor, eps: float) -> Tensor:
     """Return LayerNorm(up * gelu(gate)) of x (..., 2 F), whose halves are up and gate."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if runs_eagerly_on_cpu(x):
         return GatedNorm.apply(x, eps)
     return plain_gated_norm(x, eps)
 

@@ -609,7 +609,7 @@ choose("on", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
     process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "CXX": "false"},  # a program that is there, and compiles nothing
-        cwd=Path(train.__file__).parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
