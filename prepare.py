@@ -10,10 +10,12 @@ what is in them.
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +33,18 @@ from antlm.tokenizer import (
     save_tokenizer,
     train_bpe,
 )
+from antlm.workers import start_workers
 from config import UserError, require
 
 TEXT_SUFFIXES = (".train", ".dev", ".txt")
 GZIP_SUFFIXES = (".train.gz", ".dev.gz", ".txt.gz")
-BLOCK_BYTES = 1 << 22  # of text held in memory at a time
+BLOCK_BYTES = 1 << 21  # of text held in memory at a time, in each process
+# one process reads and puts together, and keeps no more than this busy
+DEFAULT_PROCESSES = min(4, os.cpu_count() or 1)
+
+find_pieces = regex.compile(PATTERN).findall
+# a word with the spaces in front of it. Four control characters are spaces for `re` alone
+WORD = re.compile(r"[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+[\S\x1c-\x1f]*")
 
 
 # ---------------------------------------------------------------------------------- reading text
@@ -117,19 +126,40 @@ def read_blocks(path: Path):
             offset += len(block)
 
 
-def count_pieces(files: list[Path]) -> Counter:
-    """Count the pieces of text (words, numbers, ...) that PATTERN finds in the files."""
+def read_files(files: list[Path]):
+    """Yield the blocks of all files, one after the other, each with the number of its file."""
+    for number, path in enumerate(files):
+        for block in read_blocks(path):
+            yield number, block
+
+
+def count_pieces(files: list[Path], map_blocks=map) -> Counter:
+    """Count the pieces of text (words, numbers, ...) that PATTERN finds in the files.
+
+    map_blocks: a function as map, which may work in several processes
+    """
     # training needs no more of the text than this: pieces repeat, so 10M words are about 180,000
     counts = Counter()
-    find_pieces = regex.compile(PATTERN).findall
     progress = Progress("counting words", text_bytes(files))
     done = 0
-    for path in files:
-        for block in read_blocks(path):
-            counts.update(find_pieces(block))
-            done += len(block)
-            progress(done)
+    for block_counts, size in map_blocks(count_block, read_files(files)):
+        counts.update(block_counts)
+        done += size
+        progress(done)
     return counts
+
+
+def count_block(numbered_block: tuple[int, str]) -> tuple[dict[str, int], int]:
+    """Count the pieces of a block; returns the length of the block, too."""
+    _, block = numbered_block
+    # No piece goes on from a word into the space behind it, so words can be cut by themselves, with
+    # the space in front. They repeat: PATTERN, which is slow, then cuts each of them only once.
+    words = Counter(WORD.findall(block))
+    counts = {}
+    for word, count in words.items():
+        for piece in find_pieces(word):
+            counts[piece] = counts.get(piece, 0) + count
+    return counts, len(block)
 
 
 # ----------------------------------------------------------------------------- writing token files
@@ -173,9 +203,12 @@ def place_starts(
     return ids_with_starts[keep], int(begins_document.sum()), bool(is_blank[-1])
 
 
-def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: str) -> dict:
+def encode_files(
+    files: list[Path], out: Path, tokenizer: Tokenizer, boundary: str, map_blocks=map
+) -> dict:
     """Encode text files into one token file and return what meta.json says of it.
 
+    map_blocks: a function as map, which may work in several processes
     Memory grows with the longest line only. Raises UserError if the files hold no words.
     """
     newline = tokenizer.encode("\n")[0]
@@ -190,46 +223,65 @@ def encode_files(files: list[Path], out: Path, tokenizer: Tokenizer, boundary: s
         "max_id": 0,
         "files": [],  # where each begins, so that a curriculum can tell sources apart
     }
+    file_tokens = [0] * len(files)
+    last_number = None
     digest = hashlib.sha256()
     progress = Progress("encoding", stats["bytes"])
     done = 0
     with open(out, "wb") as token_file:
-        for path in files:
-            stats["files"].append({"name": str(path), "start": stats["tokens"]})
-            opens_document = True
-            for block in read_blocks(path):
-                # whole lines only, so no token is cut at the end of a block
-                ids = tokenizer.bpe.encode_to_numpy(block, disallowed_special=())
-                ids, n_documents, opens_document = place_starts(
-                    ids, boundary, newline, heading, opens_document
-                )
-                raw = ids.astype(tokenizer.dtype).tobytes()
-                token_file.write(raw)
-                digest.update(raw)
+        encode = partial(encode_block, tokenizer)
+        for number, ids, words, size in map_blocks(encode, read_files(files)):
+            # a file opens a document; other blocks go on where the one before ended
+            if number != last_number:
+                opens_document = True
+                last_number = number
+            ids, n_documents, opens_document = place_starts(
+                ids, boundary, newline, heading, opens_document
+            )
+            raw = ids.astype(tokenizer.dtype).tobytes()
+            token_file.write(raw)
+            digest.update(raw)
 
-                stats["tokens"] += len(ids)
-                stats["words"] += len(block.split())  # separated by spaces, as BabyLM counts
-                stats["documents"] += n_documents
-                stats["max_id"] = max(stats["max_id"], int(ids.max(initial=0)))
-                done += len(block)
-                progress(done)
+            file_tokens[number] += len(ids)
+            stats["words"] += words
+            stats["documents"] += n_documents
+            stats["max_id"] = max(stats["max_id"], int(ids.max(initial=0)))
+            done += size
+            progress(done)
     if stats["words"] == 0:
         raise UserError(f"{files[0]}: the {len(files)} input file(s) hold no words")
+
+    for path, tokens in zip(files, file_tokens, strict=True):
+        stats["files"].append({"name": str(path), "start": stats["tokens"]})
+        stats["tokens"] += tokens
     stats["sha256"] = digest.hexdigest()
     return stats
+
+
+def encode_block(
+    tokenizer: Tokenizer, numbered_block: tuple[int, str]
+) -> tuple[int, np.ndarray, int, int]:
+    """Encode a block of whole lines, so that no token is cut at its end.
+
+    Returns the number of its file, its ids, words and length.
+    """
+    number, block = numbered_block
+    ids = tokenizer.bpe.encode_to_numpy(block, disallowed_special=())
+    words = len(block.split())  # separated by spaces, as BabyLM counts
+    return number, ids, words, len(block)
 
 
 # ------------------------------------------------------------------------------------ the program
 
 
-def train_tokenizer(files: list[Path], path: Path, vocab_size: int):
+def train_tokenizer(files: list[Path], path: Path, vocab_size: int, map_blocks=map):
     """Train a tokenizer on text files and write its tokenizer.json; raises UserError."""
     smallest = len(SPECIAL) + 256
     if vocab_size < smallest:
         raise UserError(
             f"--vocab_size {vocab_size}: must be at least {smallest}, for bytes and special tokens"
         )
-    merges = train_bpe(count_pieces(files), vocab_size - smallest)
+    merges = train_bpe(count_pieces(files, map_blocks), vocab_size - smallest)
     size = smallest + len(merges)
     if size < vocab_size:
         print(f"the text has pairs for {len(merges)} merges: {size} tokens, not {vocab_size}")
@@ -243,33 +295,41 @@ def prepare(
     vocab_size: int = 16384,
     boundary: str = "line",
     tokenizer: str | None = None,
+    processes: int = DEFAULT_PROCESSES,
 ) -> dict:
     """Make a corpus folder from text and return the content of its meta.json.
 
     The folder appears complete or not at all.
     tokenizer: a tokenizer.json to encode with; without it one is trained on the training text
+    processes: that share the work; any number makes the same files
     Raises UserError for text or options that cannot be used.
     """
     settings = {"train": train, "dev": dev, "vocab_size": vocab_size, "tokenizer": tokenizer}
     folder = Path(out)
 
     # find mistakes before any work
+    require(processes >= 1, f"--processes {processes}: must be at least 1")
     train_files = text_files(train)
     dev_files = text_files(dev)
     if folder.exists():
         raise UserError(f"{folder}: exists already; remove it or choose another --out")
     check_texts([*train_files, *dev_files])
 
-    with new_folder(folder) as unfinished:
+    # the same files for any number of processes; a short text is done before they have started
+    if text_bytes([*train_files, *dev_files]) <= BLOCK_BYTES:
+        processes = 1
+    with new_folder(folder) as unfinished, start_workers(processes) as map_blocks:
         unfinished.mkdir()
+        tokenizer_path = unfinished / "tokenizer.json"
         if tokenizer:
-            encoder = Tokenizer(
-                tokenizer
-            )  # before the copy, so that an error names the user's file
-            shutil.copy(tokenizer, unfinished / "tokenizer.json")
+            # read before it is copied, so that an error names the user's file
+            encoder = Tokenizer(tokenizer)
+            shutil.copy(tokenizer, tokenizer_path)
         else:
-            train_tokenizer(train_files, unfinished / "tokenizer.json", vocab_size)
-            encoder = Tokenizer(unfinished / "tokenizer.json")
+            train_tokenizer(train_files, tokenizer_path, vocab_size, map_blocks)
+            encoder = Tokenizer(tokenizer_path)
+        train_file = unfinished / "train.bin"
+        dev_file = unfinished / "dev.bin"
         meta = {
             "format": 1,
             "boundary": boundary,
@@ -277,8 +337,8 @@ def prepare(
             "special": SPECIAL,
             "tokenizer_sha256": encoder.sha256,
             # each of these two writes its token file
-            "train": encode_files(train_files, unfinished / "train.bin", encoder, boundary),
-            "dev": encode_files(dev_files, unfinished / "dev.bin", encoder, boundary),
+            "train": encode_files(train_files, train_file, encoder, boundary, map_blocks),
+            "dev": encode_files(dev_files, dev_file, encoder, boundary, map_blocks),
             "settings": settings,
         }
         write_json(unfinished / "meta.json", meta)
@@ -306,6 +366,12 @@ def main():
         help="what a start token stands in front of (default: %(default)s)",
     )
     option("--tokenizer", help="encode with this tokenizer.json (default: train one)")
+    option(
+        "--processes",
+        type=int,
+        default=DEFAULT_PROCESSES,
+        help="number of processes that cut and encode the text (default: %(default)s)",
+    )
     args = parser.parse_args()
 
     # make the corpus, and say how large it is

@@ -56,6 +56,7 @@ import sample
 import train
 from antlm.checkpoint import checkpoints, load_checkpoint
 from antlm.tokenizer import MASK, START, Tokenizer
+from antlm.workers import start_workers
 from babylm import submit
 from tools import average, bench, mix
 from tools.peers import PEERS
@@ -236,6 +237,23 @@ def folders(run: Trial) -> list[str]:
     return sorted(path.name for path in run.folder.iterdir())
 
 
+def n_processes(run: Trial) -> int:
+    return int(re.search(r"started (\d+) processes", run.printed)[1])
+
+
+def call_prepare(command: list[str]):
+    """Run prepare.py, which takes each line for a block, and print how many processes it starts."""
+
+    def start_and_say(n: int):
+        print(f"started {n} processes")
+        return start_workers(n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "BLOCK_BYTES", 1)
+        patch.setattr(prepare, "start_workers", start_and_say)
+        as_program(prepare.main, command)
+
+
 PREPARE_ROWS = [
     Row(
         "train",
@@ -247,11 +265,18 @@ PREPARE_ROWS = [
     Row("vocab_size", {BYTES: BYTES, BYTES + 2: BYTES + 2}, vocabulary),
     Row("boundary", {"line": 48, "document": 1, "none": 0}, n_starts),
     Row("tokenizer", {None: BYTES, "@merged_corpus/tokenizer.json": BYTES + 2}, vocabulary),
+    Row("processes", {1: 1, 3: 3}, n_processes),
 ]
 
 PREPARE = Program(
-    partial(as_program, prepare.main),
-    dict(train=("@texts/train.txt",), dev=("@texts/dev.txt",), out="@out/corpus", vocab_size=BYTES),
+    call_prepare,
+    dict(
+        train=("@texts/train.txt",),
+        dev=("@texts/dev.txt",),
+        out="@out/corpus",
+        vocab_size=BYTES,
+        processes=1,
+    ),
     PREPARE_ROWS,
     positional=("train",),
 )

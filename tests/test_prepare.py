@@ -13,14 +13,16 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import experiment
 import numpy as np
 import pytest
+import regex
 
 import prepare
-from antlm.tokenizer import BOUNDARIES, MASK, START, Tokenizer, save_tokenizer, train_bpe
+from antlm.tokenizer import BOUNDARIES, MASK, PATTERN, START, Tokenizer, save_tokenizer, train_bpe
 from config import UserError
 from data import Corpus
 
@@ -213,6 +215,51 @@ def test_text_that_spells_a_special_token_never_becomes_one(tmp_path, tokenizer_
     corpus = make_corpus(tmp_path, [text], tokenizer=str(tokenizer_path))
     special = [token for token in corpus.train.tolist() if token <= MASK]
     assert special == [START] * 3  # one for each line
+
+
+# ---------------------------------------------------------------------------- blocks and processes
+
+
+@pytest.mark.parametrize("block_bytes", [1, 40, 10000])
+def test_pieces_are_those_that_the_pattern_finds_in_the_text(tmp_path, monkeypatch, block_bytes):
+    """However the text is cut: among spaces of every kind, and what only `re` calls one."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    rng = random.Random(1)
+    parts = " \t\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2009\u2028\u3000'"
+    parts = [*parts, " ", " ", " ", "'s", "duck", "12", "!", "é", "世界", "\u200b", "\ufeff"]
+    text = "duck" + "".join(rng.choices(parts, k=20000)) + "\n"
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    expected = Counter(regex.findall(PATTERN, text))
+    assert prepare.count_pieces([tmp_path / "text.txt"]) == expected
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, monkeypatch, boundary):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 100)
+    texts = [*odd_texts(), "", TEXT * 20, "\n\n", TEXT.replace("\n", "\r\n")]
+    train = write_texts(tmp_path, "train", texts)
+    dev = write_texts(tmp_path, "dev", [TEXT])
+    for processes in (1, 2, 3):
+        out = str(tmp_path / f"corpus_{processes}")
+        options = {"vocab_size": 300, "boundary": boundary, "processes": processes}
+        prepare.prepare(train, dev, out, **options)
+    for name in ("tokenizer.json", "train.bin", "dev.bin", "meta.json"):
+        one, two, three = (tmp_path / f"corpus_{n}" / name for n in (1, 2, 3))
+        assert one.read_bytes() == two.read_bytes() == three.read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_is_one_line_in_any_number_of_processes(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 100)
+    texts = [TEXT * 9, TEXT.encode() * 9 + b"caf\xe9\n"]
+    with pytest.raises(UserError, match=r"1\.train: byte \d+ is not valid UTF-8 \(0xe9\)"):
+        make_corpus(tmp_path, texts, vocab_size=300, processes=processes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.dev", "0.train", "1.train"]
+
+
+def test_the_number_of_processes_must_be_one(tmp_path):
+    with pytest.raises(UserError, match="--processes 0: must be at least 1"):
+        make_corpus(tmp_path, [TEXT], processes=0)
 
 
 # ------------------------------------------------------------------------------------- meta.json

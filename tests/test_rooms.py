@@ -24,6 +24,7 @@ ALLOWED = {
     "antlm.program": {"config"},
     "antlm.texts": {"config"},
     "antlm.tokenizer": {"antlm.files", "config"},
+    "antlm.workers": {"config"},
     "antlm.ops": {"antlm"},
     "antlm.optim": set(),
     "antlm.distributed": {"antlm.program", "config"},
