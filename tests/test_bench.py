@@ -87,7 +87,7 @@ def test_hugging_face_llama_has_our_size_and_hides_later_tokens_in_causal_mode_o
 
 
 @pytest.mark.parametrize("peer", [False, True])
-def test_a_case_answers_with_seconds_and_then_with_memory_and_flops(peer):
+def test_a_case_answers_with_seconds_and_then_with_what_it_took(peer):
     pipe, end = multiprocessing.Pipe()
     settings = Settings(backbone="ltg_bert", block_size=16, **SMALL)
     case = bench.Case("config/ltg_bert.py", settings, "MLM", "off", peer, CPU)
@@ -96,10 +96,33 @@ def test_a_case_answers_with_seconds_and_then_with_memory_and_flops(peer):
     bench.run_case(end, case, rows=4, threads=1)
     assert pipe.recv() > 0
     assert pipe.recv() > 0
-    memory, flops = pipe.recv()
+    memory, flops, parts = pipe.recv()
     assert memory > 0
     assert flops > 0
+    shares = dict(parts)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["products"] > 0
+    assert not {"mm", "addmm", "bmm", "baddbmm"} & {*shares}  # every one counts as a product
     assert bench.ceiling(case, rows=4) > 0
+
+
+def test_the_parts_of_a_step_are_what_it_spent_its_time_on(capfd):
+    """Products of large matrices, or passes over memory."""
+    x = torch.randn(700, 700)
+    name, share = bench.step_parts(lambda: x @ x, CPU)[0]
+    assert name == "products"
+    assert share > 0.5
+    name, share = bench.step_parts(lambda: [x.exp() for _ in range(20)], CPU)[0]
+    assert name == "exp"
+    assert share > 0.5
+    query = torch.randn(2, 4, 256, 32)
+    shares = dict(bench.step_parts(lambda: fast_attention(query), CPU))
+    assert shares["attention"] > 0.5
+    assert capfd.readouterr() == ("", "")
+
+
+def fast_attention(x: torch.Tensor):
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
 @pytest.mark.parametrize("mode", ["causal", "masked"])
@@ -153,8 +176,13 @@ def time_once(program: str | Path, config: str, *flags: str) -> list[str]:
 def test_the_ratio_is_our_speed_by_that_of_the_peer():
     sizes = [f"{name}={n}" for name, n in SMALL.items()]
     lines = time_once("tools/bench.py", "config/ltg_bert.py", "--set", "block_size=16", *sizes)
-    speeds = [float(re.search(r"off +([\d,]+)", line)[1].replace(",", "")) for line in lines[:2]]
-    ratio = float(lines[2].split()[0])
+    case, parts, peer_case, peer_parts, note = lines
+    speeds = []
+    for line in (case, peer_case):
+        speeds.append(float(re.search(r"off +([\d,]+)", line)[1].replace(",", "")))
+    ratio = float(note.split()[0])
+    for line in (parts, peer_parts):
+        assert re.search(r"\bproducts \d+%", line)
     assert ratio == pytest.approx(speeds[0] / speeds[1], abs=0.01)
 
 
@@ -162,8 +190,9 @@ def test_the_ratio_is_our_speed_by_that_of_the_peer():
 def test_a_backbone_without_a_peer_is_timed_alone(tmp_path):
     program = tmp_path / "third.py"
     program.write_text(WITH_A_THIRD_BACKBONE.format(root=str(ROOT)))
-    line, note = time_once(program, "config/babyllama.py", *THIRD)
+    line, parts, note = time_once(program, "config/babyllama.py", *THIRD)
     assert re.match(r"babyllama CLM, compile off +[\d,]+ ", line)
+    assert re.search(r"\bproducts \d+%", parts)
     assert "no peer of third is known" in note
     assert "tools/peers.py" in note
 

@@ -12,16 +12,24 @@ take turns with each other and the ceiling: a machine whose speed drifts then tr
 Columns: tokens a second and milliseconds of an optimizer step (medians of the rounds), peak memory
 (resident on a CPU, allocated on a GPU), the ceiling, and MFU, the share of the ceiling in use.
 The ceiling is the rate of plain matrix products of the model's own shapes in the same precision.
+Below each case stands what a step's time went into: matrix products, attention, and the largest of
+what is neither, by torch's profiler. There is something to gain where products have a small share.
 """
 
 import argparse
 import multiprocessing
+import os
+import re
 import resource
 import signal
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -53,6 +61,13 @@ from train import Settings
 
 VOCAB_SIZE = 16384  # LTG-BERT's; BabyLlama's 16,000 would make less than 1% of a difference
 MASK_RATE = 0.15
+# the parts of a step that are told by name; torch's operations on a CPU, kernels on a GPU
+PARTS = {
+    "products": r"^aten::(mm|bmm|addmm_?|baddbmm)$|linear_pointwise|mkl_linear|gemm|cutlass|nvjet",
+    "attention": r"attention|fmha|flash",
+    "compiled loops": r"CompiledFxGraph|triton",
+}
+N_PARTS = 6  # that are named for a case
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -98,7 +113,7 @@ def run_case(pipe, case: Case, rows: int, threads: int):
     """Train on random tokens in a process of its own.
 
     Answers each number received with the seconds that so many steps took, and 0, which ends it,
-    with the peak memory in bytes and the FLOPs per token.
+    with the peak memory in bytes, the FLOPs per token and the parts of a step.
     """
     # the model and what trains it
     torch.set_num_threads(threads)
@@ -109,18 +124,22 @@ def run_case(pipe, case: Case, rows: int, threads: int):
     ids = rng.integers(len(SPECIAL), VOCAB_SIZE, 1 << 20).astype(np.uint16)
     batches = Batches(ids, VOCAB_SIZE, settings.block_size, rows, seed=1)
 
+    def train(n: int):
+        epoch, step = divmod(n, batches.steps_per_epoch)
+        batch = batches.batch(case.objective, epoch, step, np.arange(rows), MASK_RATE)
+        train_step(case, model, optimizers, batch)
+        return batch
+
     # time as many steps as are asked for
     done = 0
     while steps := pipe.recv():
         synchronize(case.device)
         began = time.perf_counter()
-        for _ in range(steps):
-            epoch, step = divmod(done, batches.steps_per_epoch)
-            batch = batches.batch(case.objective, epoch, step, np.arange(rows), MASK_RATE)
-            train_step(case, model, optimizers, batch)
-            done += 1
+        for n in range(done, done + steps):
+            batch = train(n)
         synchronize(case.device)
         pipe.send(time.perf_counter() - began)
+        done += steps
 
     # the end: what it took
     if case.device.type == "cuda":
@@ -128,11 +147,13 @@ def run_case(pipe, case: Case, rows: int, threads: int):
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with torch.device("meta"):  # a peer's modules have other names: its FLOPs are counted on ours
-        model = Transformer(settings.model_config(VOCAB_SIZE))
+        counted = Transformer(settings.model_config(VOCAB_SIZE))
     scored = 1.0
     if batch.scored is not None:
         scored = batch.scored.shape[1] / settings.block_size
-    pipe.send((memory, flops_per_token(model, settings.block_size, scored)))
+    flops = flops_per_token(counted, settings.block_size, scored)
+    # last, so that the profiler's memory is not counted
+    pipe.send((memory, flops, step_parts(partial(train, done), case.device)))
 
 
 def train_step(case: Case, model: nn.Module, optimizers: list, batch: Batch):
@@ -142,6 +163,50 @@ def train_step(case: Case, model: nn.Module, optimizers: list, batch: Batch):
     (loss / count).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     guarded_step(optimizers, case.settings.lr, norm)
+
+
+def step_parts(step: Callable, device: torch.device) -> list[tuple[str, float]]:
+    """Profile one step; returns the parts of its time and their shares, the largest first.
+
+    On a GPU the parts are of the time in which it computes.
+    """
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CUDA if device.type == "cuda" else activity.CPU]
+    with quiet_stderr(), torch.profiler.profile(activities=activities) as profile:
+        step()
+        synchronize(device)
+    times = Counter()
+    for event in profile.key_averages():
+        if device.type == "cuda":
+            microseconds = event.self_device_time_total
+        else:
+            microseconds = event.self_cpu_time_total
+        times[part_of(event.key)] += microseconds
+    total = times.total()
+    return [(name, part / total) for name, part in times.most_common()]
+
+
+@contextmanager
+def quiet_stderr():
+    """Drop what is written to stderr, where torch's profiler says that it starts and stops."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def part_of(name: str) -> str:
+    """Return the part of a step that an operation or a GPU's kernel of this name belongs to."""
+    for part, pattern in PARTS.items():
+        if re.search(pattern, name):
+            return part
+    return name.removeprefix("aten::")
 
 
 def synchronize(device: torch.device):
@@ -228,11 +293,14 @@ def compare(cases: list[Case], args):
     speeds = []
     peak = statistics.median(ceilings)
     for case, pipe, times in zip(cases, pipes, seconds, strict=True):
-        memory, flops = ask(pipe, 0)
+        memory, flops, parts = ask(pipe, 0)
         step = statistics.median(times)
         speed = args.rows * case.settings.block_size / step
         line = f"{case!s:36} {speed:10,.0f} {1000 * step:9.1f} {memory / 1e9:6.2f}"
-        print(f"{line} {peak / 1e9:9,.0f} {flops * speed / peak:5.0%}", flush=True)
+        print(f"{line} {peak / 1e9:9,.0f} {flops * speed / peak:5.0%}")
+        print(
+            "    " + ", ".join(f"{name} {share:.0%}" for name, share in parts[:N_PARTS]), flush=True
+        )
         speeds.append(speed)
     if len(cases) == 2:
         peer = PEERS[cases[1].settings.backbone]
