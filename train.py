@@ -361,7 +361,8 @@ def choose_compilation(
     tokens = steps * s.batch_rows * s.block_size
     n_params = sum(p.numel() for p in model.parameters())
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    return compiling.choose(s.compile, processes, 6 * tokens * n_params, n_shapes, dtype)
+    n_layers = s.n_layer * n_shapes
+    return compiling.choose(s.compile, processes, 6 * tokens * n_params, n_layers, dtype)
 
 
 def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:

@@ -13,9 +13,10 @@ import torch
 from antlm.distributed import Processes
 from config import require
 
-# On a CPU a build takes half a minute or more for each shape of a forward pass, and a step is 8 to
-# 25% faster by it: so much training a shape, in seconds, wins that back.
-WORTH_A_SHAPE = 600
+# On a CPU a build takes 4 to 19 s for each layer and shape of a forward pass. It makes a step of
+# BabyLlama 4 to 25% faster, and of LTG-BERT up to 5% (docs/performance.md). So much training a
+# layer and shape, in seconds, wins that back for BabyLlama, and costs LTG-BERT little.
+WORTH_A_LAYER = 250
 UNCOMPILED_MFU = 0.6  # share of the speed of large matrix products that training comes to
 LEAST_FLOPS = 3e13  # minutes of training on any CPU: too few to measure the machine first
 
@@ -28,13 +29,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    setting: str, processes: Processes, flops: float, n_shapes: int, dtype: torch.dtype
+    setting: str, processes: Processes, flops: float, n_layers: int, dtype: torch.dtype
 ) -> Choice:
     """Decide, for all processes alike, whether the model is compiled.
 
     setting: on, off or auto
     flops: of all training that is left, in all processes; dtype: of its products
-    n_shapes: kinds of forward passes, each of which is built once
+    n_layers: to be built, over all shapes of a forward pass
     Raises UserError where the model should be compiled and cannot be.
     """
     device = processes.device
@@ -46,7 +47,7 @@ def choose(
         if device.type == "mps":
             return Choice(False, "auto: off for mps")
         if device.type == "cpu":
-            needed = WORTH_A_SHAPE * n_shapes
+            needed = WORTH_A_LAYER * n_layers
             seconds = uncompiled_seconds(processes, flops, dtype)
             reason = (
                 f"auto: about {seconds / 60:.0f} min of training without it, "

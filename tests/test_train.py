@@ -591,7 +591,7 @@ def test_without_a_compiler_a_run_is_refused_or_goes_on_uncompiled(short_run, mo
     train_here(*short_run, "--compile=auto")
     assert "compile off" in capsys.readouterr().out
     # where a run would be long enough
-    choice = choose("auto", train.Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
+    choice = choose("auto", train.Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
     assert choice == (False, "auto: it needs a C++ compiler (g++, or the one that CXX names)")
 
 
@@ -602,9 +602,9 @@ def test_a_compiler_that_fails_costs_a_line():
 import torch
 from antlm.compiling import choose
 from antlm.distributed import Processes
-choice = choose("auto", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
+choice = choose("auto", Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
 print(choice.compiled, choice.reason)
-choose("on", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
+choose("on", Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
 """
     process = subprocess.run(
         [sys.executable, "-c", code],
@@ -626,8 +626,8 @@ choose("on", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
 def test_auto_compiles_long_runs_on_a_cpu():
     processes = train.Processes("cpu")
     seconds = 1e16 / (0.6 * product_speed(processes.device, torch.float32))
-    for n_shapes, compiled in ((1, True), (math.ceil(seconds / 100), False)):
-        choice = choose("auto", processes, flops=1e16, n_shapes=n_shapes, dtype=torch.float32)
+    for n_layers, compiled in ((1, True), (math.ceil(seconds / 50), False)):
+        choice = choose("auto", processes, flops=1e16, n_layers=n_layers, dtype=torch.float32)
         assert choice.compiled == compiled
         assert re.search(r"about \d+ min of training without it, worth it from", choice.reason)
 
