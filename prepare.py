@@ -316,7 +316,7 @@ def prepare(
     check_texts([*train_files, *dev_files])
 
     # the same files for any number of processes; a short text is done before they have started
-    if text_bytes([*train_files, *dev_files]) <= BLOCK_BYTES:
+    if sum(file.stat().st_size for file in [*train_files, *dev_files]) <= BLOCK_BYTES:
         processes = 1
     with new_folder(folder) as unfinished, start_workers(processes) as map_blocks:
         unfinished.mkdir()

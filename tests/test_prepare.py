@@ -257,7 +257,7 @@ def test_a_mistake_is_one_line_in_any_number_of_processes(tmp_path, monkeypatch,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.dev", "0.train", "1.train"]
 
 
-def test_the_number_of_processes_must_be_one(tmp_path):
+def test_there_is_at_least_one_process(tmp_path):
     with pytest.raises(UserError, match="--processes 0: must be at least 1"):
         make_corpus(tmp_path, [TEXT], processes=0)
 

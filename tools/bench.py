@@ -298,9 +298,8 @@ def compare(cases: list[Case], args):
         speed = args.rows * case.settings.block_size / step
         line = f"{case!s:36} {speed:10,.0f} {1000 * step:9.1f} {memory / 1e9:6.2f}"
         print(f"{line} {peak / 1e9:9,.0f} {flops * speed / peak:5.0%}")
-        print(
-            "    " + ", ".join(f"{name} {share:.0%}" for name, share in parts[:N_PARTS]), flush=True
-        )
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in parts[:N_PARTS])
+        print(f"    {shares}", flush=True)
         speeds.append(speed)
     if len(cases) == 2:
         peer = PEERS[cases[1].settings.backbone]
