@@ -312,8 +312,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Return the dev loss of each objective in nats per scored token; None if told to stop.
 
-    On the same rows each time, by the uncompiled model, whose shapes may vary. An objective that
-    scores no token, as a masked one may in a very short dev text, has no loss.
+    On the same rows each time. An objective that scores no token, as a masked one may in a very
+    short dev text, has no loss.
     """
     # those of the run, and CLM and MLM always: a phase of one shows what it costs the other
     names = {"CLM", "MLM", *find_objectives(s.schedule)}
@@ -334,7 +334,7 @@ def evaluate(
                 continue
             batch = dev.batch(objective, 0, 0, place, s.eval_mask_rate).to(processes.device)
             with autocast:
-                loss, n_scored = model.forward(**batch, causal=OBJECTIVES[objective].causal)
+                loss, n_scored = model(**batch, causal=OBJECTIVES[objective].causal)
             total += loss.item()
             count += n_scored.item()
         # divided once, over all processes: a mean of means would weigh short shares too much
@@ -361,8 +361,7 @@ def choose_compilation(
     tokens = steps * s.batch_rows * s.block_size
     n_params = sum(p.numel() for p in model.parameters())
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    n_layers = s.n_layer * n_shapes
-    return compiling.choose(s.compile, processes, 6 * tokens * n_params, n_layers, dtype)
+    return compiling.choose(s.compile, processes, 6 * tokens * n_params, n_shapes, dtype)
 
 
 def describe(s: Settings, model, corpus: Corpus, schedule: Schedule) -> str:
@@ -433,8 +432,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     n_shapes = count_shapes(s, batches, processes.world)
     choice = choose_compilation(s, model, schedule.steps - start, n_shapes, processes, bfloat16)
     if choice.compiled:
-        torch._dynamo.config.recompile_limit = max(8, n_shapes)  # beyond it, torch compiles no more
-        model.compile(dynamic=False)  # in place; model.forward stays uncompiled, for evaluation
+        compiling.compile_in_place(model, device, n_shapes)
     ddp = model
     if processes.world > 1:  # no buffer ever changes, so none is broadcast
         ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -452,7 +450,8 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         # evaluate on the dev tokens, unless that was done before a run was stopped and resumed
         is_last = step == schedule.steps
         if (step % eval_every == 0 or is_last) and step > run.evaluated_step:
-            with average.in_use():
+            # uncompiled: its shapes are of no other pass
+            with average.in_use(), torch.compiler.set_stance("force_eager"):
                 dev_losses = evaluate(model, dev, s, processes, autocast, signals)
             if dev_losses is None:
                 stopped = True

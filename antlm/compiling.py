@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from antlm.distributed import Processes
 from config import require
 
-# On a CPU a build takes 4 to 19 s for each layer and shape of a forward pass. It makes a step of
-# BabyLlama 4 to 25% faster, and of LTG-BERT up to 5% (docs/performance.md). So much training a
-# layer and shape, in seconds, wins that back for BabyLlama, and costs LTG-BERT little.
-WORTH_A_LAYER = 250
+# On a CPU a build takes 11 to 26 s for each shape of a forward pass, and steps of BabyLlama become
+# 5 to 25% faster, those of LTG-BERT 10% (docs/performance.md). So much training a shape, in
+# seconds, wins that back.
+WORTH_A_SHAPE = 250
 UNCOMPILED_MFU = 0.6  # share of the speed of large matrix products that training comes to
 LEAST_FLOPS = 3e13  # minutes of training on any CPU: too few to measure the machine first
 
@@ -29,13 +30,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    setting: str, processes: Processes, flops: float, n_layers: int, dtype: torch.dtype
+    setting: str, processes: Processes, flops: float, n_shapes: int, dtype: torch.dtype
 ) -> Choice:
     """Decide, for all processes alike, whether the model is compiled.
 
     setting: on, off or auto
     flops: of all training that is left, in all processes; dtype: of its products
-    n_layers: to be built, over all shapes of a forward pass
+    n_shapes: kinds of forward pass, each of which is built once
     Raises UserError where the model should be compiled and cannot be.
     """
     device = processes.device
@@ -47,7 +48,7 @@ def choose(
         if device.type == "mps":
             return Choice(False, "auto: off for mps")
         if device.type == "cpu":
-            needed = WORTH_A_LAYER * n_layers
+            needed = WORTH_A_SHAPE * n_shapes
             seconds = uncompiled_seconds(processes, flops, dtype)
             reason = (
                 f"auto: about {seconds / 60:.0f} min of training without it, "
@@ -70,6 +71,23 @@ def choose(
     if problem is not None:
         return Choice(False, f"auto: it needs {problem}")
     return Choice(True, reason)
+
+
+def compile_in_place(model: nn.Module, device: torch.device, n_shapes: int):
+    """Have torch.compile build the model at its first steps, once for each of n_shapes.
+
+    torch.compiler.set_stance("force_eager") leaves it uncompiled for a while.
+    """
+    torch._dynamo.config.recompile_limit = max(8, n_shapes)  # beyond it, torch compiles no more
+    parts = [model]
+    if device.type == "cpu":
+        # Layers are alike, so that one is built for all of them, and steps are as fast. On a GPU,
+        # where each call of a compiled part costs, it was not measured.
+        parts = model.blocks
+        # what Inductor (2.13) draws random numbers with takes longer than it saves elsewhere
+        torch._inductor.config.fallback_random = True
+    for part in parts:
+        part.compile(dynamic=False)
 
 
 def uncompiled_seconds(processes: Processes, flops: float, dtype: torch.dtype) -> float:

@@ -54,7 +54,7 @@ from antlm.checkpoint import checkpoints, load_checkpoint
 from antlm.optim import OPTIMIZERS
 from antlm.tokenizer import MASK
 from babylm.classifier import Classifier, LowRank
-from model import BACKBONES, Transformer, bare_norm
+from model import BACKBONES, bare_norm
 from schedule import DECAYS
 
 # ----------------------------------------------------------------------------------------- train.py
@@ -288,10 +288,8 @@ def step_that_ends_it(run: Trial) -> int:
     return int(re.search(r"step (\d+): gradient norm", run.error)[1])
 
 
-def compiled_passes(run: Trial) -> tuple:
-    """How many models were compiled, and how many passes went by way of one, of how many."""
-    n_called = sum(len(forward.of(Transformer)) for forward in run.passes)
-    return len(run.compiled), n_called == len(run.training)
+def any_compiled(run: Trial) -> bool:
+    return len(run.compiled) > 0
 
 
 LTG = {"backbone": "ltg_bert"}
@@ -410,7 +408,7 @@ TRAIN_ROWS = [
     # machine
     Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
     Row("precision", {"float32": FLOAT32, "bfloat16": BFLOAT16}, dtypes),
-    Row("compile", {"off": (0, True), "on": (1, True), "auto": (0, True)}, compiled_passes),
+    Row("compile", {"off": False, "on": True, "auto": False}, any_compiled),
 ]
 
 TRAIN = Program(call_train, TINY, TRAIN_ROWS, settings=train.Settings)

@@ -564,7 +564,7 @@ def test_a_run_that_had_ended_says_so(short_run, capsys):
 
 @pytest.mark.slow
 def test_every_shape_of_a_long_schedule_is_compiled(short_run, monkeypatch):
-    """More than the eight after which torch would go on uncompiled, each of them once."""
+    """More than the eight after which torch would go on uncompiled, each once for all layers."""
     shapes = []
 
     def count(graph, inputs):
@@ -574,13 +574,13 @@ def test_every_shape_of_a_long_schedule_is_compiled(short_run, monkeypatch):
     # what torch does with a graph is not asked here, so the compiler itself is left out
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
-        Transformer, "compile", lambda model, **kw: compile_module(model, backend=count, **kw)
+        torch.nn.Module, "compile", lambda module, **kw: compile_module(module, backend=count, **kw)
     )
     torch.compiler.reset()
     mixes = [f"1_{weight}CLM:{12 - weight}MLM" for weight in (1, 2, 3, 4, 5)]
-    small = [f"--schedule={'+'.join(mixes)}", "--n_layer=1", "--eval_rows=1", "--log_every=99"]
+    small = [f"--schedule={'+'.join(mixes)}", "--n_layer=2", "--eval_rows=1", "--log_every=99"]
     train_here(*short_run, *small, "--compile=on")
-    # CLM with 2, 4, 6, 8 and 10 rows, MLM with the rest of 24
+    # CLM with 2, 4, 6, 8 and 10 rows, MLM with the rest of 24; evaluation builds nothing
     assert len(shapes) == 10
 
 
@@ -591,7 +591,7 @@ def test_without_a_compiler_a_run_is_refused_or_goes_on_uncompiled(short_run, mo
     train_here(*short_run, "--compile=auto")
     assert "compile off" in capsys.readouterr().out
     # where a run would be long enough
-    choice = choose("auto", train.Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
+    choice = choose("auto", train.Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
     assert choice == (False, "auto: it needs a C++ compiler (g++, or the one that CXX names)")
 
 
@@ -602,9 +602,9 @@ def test_a_compiler_that_fails_costs_a_line():
 import torch
 from antlm.compiling import choose
 from antlm.distributed import Processes
-choice = choose("auto", Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
+choice = choose("auto", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
 print(choice.compiled, choice.reason)
-choose("on", Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
+choose("on", Processes("cpu"), flops=1e18, n_shapes=1, dtype=torch.float32)
 """
     process = subprocess.run(
         [sys.executable, "-c", code],
@@ -626,8 +626,8 @@ choose("on", Processes("cpu"), flops=1e18, n_layers=1, dtype=torch.float32)
 def test_auto_compiles_long_runs_on_a_cpu():
     processes = train.Processes("cpu")
     seconds = 1e16 / (0.6 * product_speed(processes.device, torch.float32))
-    for n_layers, compiled in ((1, True), (math.ceil(seconds / 50), False)):
-        choice = choose("auto", processes, flops=1e16, n_layers=n_layers, dtype=torch.float32)
+    for n_shapes, compiled in ((1, True), (math.ceil(seconds / 50), False)):
+        choice = choose("auto", processes, flops=1e16, n_shapes=n_shapes, dtype=torch.float32)
         assert choice.compiled == compiled
         assert re.search(r"about \d+ min of training without it, worth it from", choice.reason)
 

@@ -46,7 +46,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import eval as evaluation
 from antlm import IGNORE
-from antlm.compiling import missing_for_compile
+from antlm.compiling import compile_in_place, missing_for_compile
 from antlm.distributed import Processes, find_device, has_fast_bfloat16
 from antlm.optim import guarded_step, make_optimizers
 from antlm.program import clean_exit
@@ -100,13 +100,14 @@ def make_model(case: Case) -> nn.Module:
     # what train.py sets up for a process is part of ours; the peer runs as torch does by itself
     if case.peer:
         model = PEERS[settings.backbone](settings, VOCAB_SIZE)
+        if case.compile == "on":
+            model.compile(dynamic=False)
     else:
         Processes(case.device.type)
         model = Transformer(settings.model_config(VOCAB_SIZE))
-    model = model.to(case.device).train()
-    if case.compile == "on":
-        model.compile(dynamic=False)
-    return model
+        if case.compile == "on":
+            compile_in_place(model, case.device, n_shapes=1)
+    return model.to(case.device).train()
 
 
 def run_case(pipe, case: Case, rows: int, threads: int):
