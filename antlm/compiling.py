@@ -14,9 +14,9 @@ from torch import nn
 from antlm.distributed import Processes
 from config import require
 
-# On a CPU a build takes 11 to 26 s for each shape of a forward pass, and steps of BabyLlama become
-# 5 to 25% faster, those of LTG-BERT 10% (docs/performance.md). So much training a shape, in
-# seconds, wins that back.
+# On a CPU a build takes 11 to 26 s for each shape of a forward pass, and steps become 2 to 26%
+# faster, most of all in narrow models (docs/performance.md). So much training a shape, in seconds,
+# wins that back as a rule.
 WORTH_A_SHAPE = 250
 UNCOMPILED_MFU = 0.6  # share of the speed of large matrix products that training comes to
 LEAST_FLOPS = 3e13  # minutes of training on any CPU: too few to measure the machine first

@@ -288,8 +288,8 @@ def step_that_ends_it(run: Trial) -> int:
     return int(re.search(r"step (\d+): gradient norm", run.error)[1])
 
 
-def any_compiled(run: Trial) -> bool:
-    return len(run.compiled) > 0
+def n_compiled(run: Trial) -> int:
+    return len(run.compiled)
 
 
 LTG = {"backbone": "ltg_bert"}
@@ -408,7 +408,7 @@ TRAIN_ROWS = [
     # machine
     Row("device", {"cpu": {"cpu"}, "cuda": CUDA}, devices),
     Row("precision", {"float32": FLOAT32, "bfloat16": BFLOAT16}, dtypes),
-    Row("compile", {"off": False, "on": True, "auto": False}, any_compiled),
+    Row("compile", {"off": 0, "on": 1, "auto": 0}, n_compiled),
 ]
 
 TRAIN = Program(call_train, TINY, TRAIN_ROWS, settings=train.Settings)
