@@ -121,6 +121,21 @@ def test_the_parts_of_a_step_are_what_it_spent_its_time_on(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "kernel, part",
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*)", "attention"),
+        ("fmha_cutlassB_bf16_aligned_64x64_k64_dropout_sm80(PyTorchMemEffAttention)", "attention"),
+        ("triton_red_fused__log_softmax__to_copy_exp_full_like_3", "compiled loops"),
+    ],
+)
+def test_kernels_of_a_gpu_are_told_apart(kernel, part):
+    """By their names on an H100 (torch 2.11)."""
+    assert bench.part_of(kernel) == part
+
+
 def fast_attention(x: torch.Tensor):
     return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 

@@ -63,8 +63,8 @@ VOCAB_SIZE = 16384  # LTG-BERT's; BabyLlama's 16,000 would make less than 1% of 
 MASK_RATE = 0.15
 # the parts of a step that are told by name; torch's operations on a CPU, kernels on a GPU
 PARTS = {
+    "attention": r"attention|fmha|flash|cudnn",  # first: kernels of attention are made of cutlass
     "products": r"^aten::(mm|bmm|addmm_?|baddbmm)$|linear_pointwise|mkl_linear|gemm|cutlass|nvjet",
-    "attention": r"attention|fmha|flash",
     "compiled loops": r"CompiledFxGraph|triton",
 }
 N_PARTS = 6  # that are named for a case
