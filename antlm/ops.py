@@ -374,7 +374,12 @@ class ChunkedLoss(torch.autograd.Function):
                 # d loss / d logits = (softmax(logits) - one_hot(target)) * scale, where the scale
                 # is left to the factors behind it, which are narrower
                 grad = log_probs.exp_()
-                grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1))
+                if torch.compiler.is_compiling():
+                    # in one loop with the softmax, where scatter_add_ would need all of it stored
+                    is_target = torch.arange(len(weight), device=x.device) == target
+                    grad = torch.where(is_target, grad - 1, grad)
+                else:
+                    grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1))
                 if grad_bias is not None:
                     grad_bias += scale[:, 0].to(loss_dtype) @ grad
                 grad = grad.to(dtype)
