@@ -419,6 +419,13 @@ BACKBONES = {
 }
 
 
+class VocabularyLoss(nn.Module):
+    """ops.vocabulary_loss as a part of the model, which can be compiled by itself."""
+
+    def forward(self, x, weight, bias, targets, weights) -> Tensor:
+        return ops.vocabulary_loss(x, weight, bias, targets, weights)
+
+
 class Transformer(nn.Module):
     """Embedding, n_layer blocks and one head for every objective."""
 
@@ -429,6 +436,7 @@ class Transformer(nn.Module):
         self.embedding = backbone.embedding(config)
         self.blocks = nn.ModuleList(backbone.block(config) for _ in range(config.n_layer))
         self.head = backbone.head(config, self.embedding.tokens)
+        self.loss = VocabularyLoss()
         self.max_tokens = config.max_tokens
         # last, since with tied weights embedding and head are one parameter
         backbone.init(self)
@@ -481,7 +489,7 @@ class Transformer(nn.Module):
         if targets is None:
             return vocab(x)
         # a sum and a count: only the caller knows how many tokens the whole step scores
-        loss = ops.vocabulary_loss(x, vocab.weight, vocab.bias, targets, weights)
+        loss = self.loss(x, vocab.weight, vocab.bias, targets, weights)
         scored_targets = targets != IGNORE
         count = scored_targets.sum() if weights is None else (weights * scored_targets).sum()
         if with_logits:

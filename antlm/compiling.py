@@ -79,13 +79,15 @@ def compile_in_place(model: nn.Module, device: torch.device, n_shapes: int):
     torch.compiler.set_stance("force_eager") leaves it uncompiled for a while.
     """
     torch._dynamo.config.recompile_limit = max(8, n_shapes)  # beyond it, torch compiles no more
-    parts = [model]
+    # Layers are alike, so that one is built for all of them. In one piece with the embedding, the
+    # angles of the rotation are computed anew for each number that turns: a third of a GPU's step.
+    parts = [*model.blocks]
     if device.type == "cpu":
-        # Layers are alike, so that one is built for all of them, and steps are as fast. On a GPU,
-        # where each call of a compiled part costs, it was not measured.
-        parts = model.blocks
         # what Inductor (2.13) draws random numbers with takes longer than it saves elsewhere
         torch._inductor.config.fallback_random = True
+    else:
+        # on a GPU the loss would wait for memory between its products
+        parts += [model.head, model.loss]
     for part in parts:
         part.compile(dynamic=False)
 
