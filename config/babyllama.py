@@ -16,7 +16,7 @@ schedule = "4_CLM+16_MLM+4_CLM"
 block_size = 128
 batch_rows = 256
 micro_rows = 256
-save_every = 2000  # a save takes as long as 30 steps on an H100
+save_every = 2000  # a save takes as long as 40 steps on an H100
 
 optimizer = "adamw"
 lr = 7e-4
