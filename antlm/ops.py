@@ -323,6 +323,16 @@ def vocabulary_loss(
     return ChunkedLoss.apply(x, weight, bias, targets, weights, needs_grad)
 
 
+def softmax_gradient(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Return softmax - one_hot(target) in place of log_probs (N, V); target (N, 1)."""
+    grad = log_probs.exp_()
+    if torch.compiler.is_compiling():
+        # in one loop with the softmax, where scatter_add_ would need all of it in memory
+        is_target = torch.arange(grad.size(1), device=grad.device) == target
+        return torch.where(is_target, grad - 1, grad)
+    return grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1))
+
+
 class ChunkedLoss(torch.autograd.Function):
     """vocabulary_loss, chunk by chunk.
 
@@ -373,13 +383,7 @@ class ChunkedLoss(torch.autograd.Function):
 
                 # d loss / d logits = (softmax(logits) - one_hot(target)) * scale, where the scale
                 # is left to the factors behind it, which are narrower
-                grad = log_probs.exp_()
-                if torch.compiler.is_compiling():
-                    # in one loop with the softmax, where scatter_add_ would need all of it stored
-                    is_target = torch.arange(len(weight), device=x.device) == target
-                    grad = torch.where(is_target, grad - 1, grad)
-                else:
-                    grad.scatter_add_(1, target, torch.full_like(grad[:, :1], -1))
+                grad = softmax_gradient(log_probs, target)
                 if grad_bias is not None:
                     grad_bias += scale[:, 0].to(loss_dtype) @ grad
                 grad = grad.to(dtype)
