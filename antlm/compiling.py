@@ -79,6 +79,8 @@ def compile_in_place(model: nn.Module, device: torch.device, n_shapes: int):
     torch.compiler.set_stance("force_eager") leaves it uncompiled for a while.
     """
     torch._dynamo.config.recompile_limit = max(8, n_shapes)  # beyond it, torch compiles no more
+    # torch would cut a layer in two for DDP, whose exchange begins layer by layer as it is
+    torch._dynamo.config.optimize_ddp = False
     # Layers are alike, so that one is built for all of them. In one piece with the embedding, the
     # angles of the rotation are computed anew for each number that turns: a third of a GPU's step.
     parts = [*model.blocks]
