@@ -186,7 +186,8 @@ class Batch:
             array = getattr(self, field.name)
             if array is None:
                 continue
-            tensor = torch.from_numpy(array)
+            # a slice, as `scored` may be, would be copied once more on its way to a GPU, unpinned
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
             if on_gpu:
                 # from pinned memory the copy runs while the GPU still computes
                 tensor = tensor.pin_memory()

@@ -615,6 +615,9 @@ def test_a_batch_goes_to_the_model_by_name():
     assert list(tensors) == ["tokens", "targets"]
     weighted = Batch(batch.tokens, batch.targets, weights=np.ones((2, 3), np.float32))
     assert weighted.to(torch.device("cpu"))["weights"].dtype == torch.float32
+    # a slice would reach a GPU by way of a copy that is not pinned
+    sliced = Batch(batch.tokens, batch.targets, scored=np.zeros((2, 3), np.int64)[:, :2])
+    assert sliced.to(torch.device("cpu"))["scored"].is_contiguous()
 
 
 # ------------------------------------------------------------------------------------------ hashes
