@@ -90,7 +90,14 @@ class Processes:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = find_device(device)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            number = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
+            n_gpus = torch.cuda.device_count()
+            require(
+                number < n_gpus,
+                f"process {number + 1} on this machine finds {n_gpus} GPU(s), and each needs its "
+                "own; lower --nproc_per_node, or choose --device=cpu",
+            )
+            self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -211,15 +218,17 @@ def errors_in_one_line():
             line += "--resume"
             if error.filename:
                 line = f"{error.filename}: {line}"
-        except torch.OutOfMemoryError:
-            line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
         except RuntimeError as error:
-            if "gloo" not in str(error):
+            # not torch.OutOfMemoryError alone: the compiler and the driver raise others
+            if "out of memory" in str(error):
+                line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
+            elif "gloo" in str(error):
+                line = (
+                    f"process {os.environ['RANK']}: lost contact with another one; go on from the "
+                    "newest checkpoint with --resume"
+                )
+            else:
                 raise
-            line = (
-                f"process {os.environ['RANK']}: lost contact with another one; go on from the "
-                "newest checkpoint with --resume"
-            )
         # torchrun ends all processes once one has failed: the first on each node is to say why
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") != "0":
