@@ -434,8 +434,9 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     if choice.compiled:
         compiling.compile_in_place(model, device, n_shapes)
     ddp = model
-    if processes.world > 1:  # no buffer ever changes, so none is broadcast
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if processes.world > 1:
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        ddp.broadcast_buffers = False  # none ever changes
     processes.print(describe(s, model, corpus, schedule))
     processes.print(describe_machine(s, processes, bfloat16, choice))
     processes.print(f"run {run.path}, starts at step {start} of {schedule.steps}")

@@ -901,7 +901,8 @@ def test_two_processes_do_what_one_does(corpus, tmp_path):
     one = tmp_path / "one"
     two = tmp_path / "two"
     train_here(*args, f"--out_dir={one}")
-    finish(start(*args, f"--out_dir={two}", torchrun=TWO_PROCESSES))
+    _, errors = finish(start(*args, f"--out_dir={two}", torchrun=TWO_PROCESSES))
+    assert "Warning" not in errors
     assert_close(one, two)
     checkpoints(two)[0].unlink()
     train_here(*args, f"--out_dir={two}", "--resume")
@@ -915,6 +916,29 @@ def free_port() -> int:
             if s.connect_ex(("127.0.0.1", port)) != 0:
                 return port
     pytest.fail("no free port")
+
+
+def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 on this machine finds 2 GPU"):
+        train.Processes("cuda")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+    ids=type,
+)
+def test_a_full_gpu_is_said_in_one_line(error):
+    """By whichever of torch's errors."""
+    message = "^[^\\n]*the GPU's memory is full; lower --micro_rows[^\\n]*$"
+    with pytest.raises(SystemExit, match=message), train.errors_in_one_line():
+        raise error
 
 
 @pytest.mark.slow
