@@ -82,7 +82,7 @@ class Settings:
     skip_nonfinite: int = 0  # steps of a non-finite loss that may be skipped before the run stops
     # logs and checkpoints
     log_every: int = 20  # steps
-    eval_every: int = 0  # steps between evaluations on the dev tokens; 0: at the end of each epoch
+    eval_every: int = 0  # steps between evaluations on the dev text; 0: an epoch; phase ends always
     eval_rows: int = 512  # rows of the dev tokens, at most
     eval_mask_rate: float = 0.15  # of the masked dev losses: fixed, so that runs can be compared
     save_every: int = 500  # steps between checkpoints; each phase end has one too
@@ -448,9 +448,10 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
     stopped = False
     step = start  # steps done
     while True:
-        # evaluate on the dev tokens, unless that was done before a run was stopped and resumed
-        is_last = step == schedule.steps
-        if (step % eval_every == 0 or is_last) and step > run.evaluated_step:
+        # evaluate on the dev tokens, unless that was done before a run was stopped and resumed; the
+        # end of a phase shows what it has cost the objectives that it does not train
+        is_due = step % eval_every == 0 or schedule.ends_phase(step - 1)
+        if is_due and step > run.evaluated_step:
             # uncompiled: its shapes are of no other pass
             with average.in_use(), torch.compiler.set_stance("force_eager"):
                 dev_losses = evaluate(model, dev, s, processes, autocast, signals)
@@ -465,7 +466,7 @@ def train(s: Settings):  # noqa: C901, PLR0915 - long, and meant to be read from
         ):
             log.read()  # ends the run, before anything is saved, if a loss was not finite
             run.save(step, model, optimizers, log=log.state(), average=average.state_dict())
-        if is_last:
+        if step == schedule.steps:
             break
 
         # this process's rows of the next step, cut into forward passes

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import plot
 import pytest
 import torch
 import torch.nn.functional as F
@@ -291,6 +292,17 @@ def test_the_average_is_that_of_the_weights_after_the_last_steps(corpus, tmp_pat
     text = Corpus(corpus)
     dev = [entry["dev"] for entry in read_metrics(tmp_path / "run") if "dev" in entry]
     check_dev_losses(averaged.model, text, dev[-1])
+
+
+@pytest.mark.slow
+def test_the_end_of_a_phase_is_evaluated_however_seldom_the_rest(corpus, tmp_path):
+    """There it shows what a phase has cost the other objective."""
+    args = [*TINY, "--schedule=1_CLM+1_MLM+1_CLM", f"--corpus={corpus}", "--eval_every=1000"]
+    train_here(*args, f"--out_dir={tmp_path}")
+    dev = [entry for entry in read_metrics(tmp_path) if "dev" in entry]
+    assert [entry["epoch"] for entry in dev] == [1, 2, 3]
+    forgetting = plot.find_forgetting(plot.read_training(str(tmp_path)))
+    assert [change.objective for change in forgetting] == ["CLM", "MLM"]
 
 
 @pytest.mark.slow
