@@ -62,6 +62,24 @@ def process_state():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile is given in this test; they run uncompiled."""
+    received = []
+
+    def keep(graph, example_inputs):
+        received.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **kw: compile_module(module, backend=keep, **kw)
+    )
+    torch._dynamo.reset()
+    yield received
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------------ in this process
 
 

@@ -575,25 +575,13 @@ def test_a_run_that_had_ended_says_so(short_run, capsys):
 
 
 @pytest.mark.slow
-def test_every_shape_of_a_long_schedule_is_compiled(short_run, monkeypatch):
+def test_every_shape_of_a_long_schedule_is_compiled(short_run, graphs):
     """More than the eight after which torch would go on uncompiled, each once for all layers."""
-    shapes = []
-
-    def count(graph, inputs):
-        shapes.append(graph)
-        return graph.forward
-
-    # what torch does with a graph is not asked here, so the compiler itself is left out
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, **kw: compile_module(module, backend=count, **kw)
-    )
-    torch.compiler.reset()
     mixes = [f"1_{weight}CLM:{12 - weight}MLM" for weight in (1, 2, 3, 4, 5)]
     small = [f"--schedule={'+'.join(mixes)}", "--n_layer=2", "--eval_rows=1", "--log_every=99"]
     train_here(*short_run, *small, "--compile=on")
     # CLM with 2, 4, 6, 8 and 10 rows, MLM with the rest of 24; evaluation builds nothing
-    assert len(shapes) == 10
+    assert len(graphs) == 10
 
 
 def test_without_a_compiler_a_run_is_refused_or_goes_on_uncompiled(short_run, monkeypatch, capsys):
