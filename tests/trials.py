@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -166,8 +167,7 @@ class Lab:
         settings = program.base | settings
         key = (program.call, *sorted(settings.items(), key=str))
         if key not in self.trials:
-            out = self.folder / f"trial_{len(self.trials)}"
-            out.mkdir()
+            out = Path(tempfile.mkdtemp(prefix="trial_", dir=self.folder))
             settings = {name: self.resolve(value, out) for name, value in settings.items()}
             self.trials[key] = perform(program, settings, out)
         return self.trials[key]
