@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, checkpoints, load_run
-from antlm.distributed import find_device
+from antlm.distributed import find_device_for_texts
 from antlm.files import Progress
 from antlm.program import clean_exit
 from antlm.tokenizer import END, MASK, SPECIAL, START, Tokenizer
@@ -465,7 +465,7 @@ def evaluate(args: argparse.Namespace):
         require(ok, f"{path}: the challenge of {args.protocol} does not have it; leave it out")
     human = read_human(tasks, args.limit, ages=args.checkpoints)
 
-    device = find_device(args.device)
+    device = find_device_for_texts(args.device)
     results = [score_checkpoint(path, tasks, human, device, args) for path in paths]
     if human.children is not None:
         for mode in MODES:

@@ -23,7 +23,7 @@ from torch import nn
 
 import config
 from antlm.checkpoint import WEIGHTS, LoadedRun, file_sha256, load_run
-from antlm.distributed import find_device
+from antlm.distributed import find_device_for_texts
 from antlm.program import clean_exit
 from antlm.tokenizer import PAD
 from babylm.classifier import Classifier
@@ -478,7 +478,7 @@ def run_tasks(args: list[str]):
     by_task = settings.by_task()
 
     # the model, and what earlier calls have found out about it
-    device = find_device(settings.device)
+    device = find_device_for_texts(settings.device)
     run = load_run(args[0], device, settings.weights)
     out = Path(settings.out) if settings.out else run.path.parent / f"glue_{run.step}.json"
     results = open_results(out, run, device)

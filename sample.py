@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, load_run
-from antlm.distributed import find_device
+from antlm.distributed import find_device_for_texts
 from antlm.program import clean_exit
 from antlm.tokenizer import SPECIAL
 from config import require
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None):
     require(0 <= args.temperature <= 100, f"--temperature {args.temperature}: must be 0 to 100")
     require(args.top_k >= 0, f"--top_k {args.top_k}: must be at least 0")
 
-    device = find_device(args.device)
+    device = find_device_for_texts(args.device)
     run = load_run(args.run, device, args.weights)
     print(f"{run.path}: step {run.step} of {run.schedule}, {run.model.config.backbone}", flush=True)
     print_samples(run, args, device)

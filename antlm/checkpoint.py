@@ -200,10 +200,6 @@ def load_run(path: str, device: str | torch.device = "cpu", weights: str = "aver
     weights: one of WEIGHTS; a checkpoint without an average has the last ones only
     Raises UserError that names the file which is missing or does not fit the others.
     """
-    if torch.device(device).type == "cuda":
-        # Texts have many shapes, and cudnn's attention plans anew, up to a second, for each.
-        # Training, which has few, keeps it: it loads what it starts from to the CPU.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     file = Path(path)
     if file.is_dir():
         file, content = load_newest(file, lambda text: print(text, file=sys.stderr))

@@ -35,6 +35,15 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def find_device_for_texts(name: str) -> torch.device:
+    """Return find_device(name), made ready for batches of many shapes, which texts have."""
+    device = find_device(name)
+    if device.type == "cuda":
+        # cudnn's attention plans anew for each shape, up to a second
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 faster than in float32.
 

@@ -25,13 +25,6 @@ def source(args, tmp_path):
     return tmp_path / "source"
 
 
-def test_training_keeps_its_kernels(source):
-    """What scores many texts does without cudnn's attention; a run that has a source does not."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    load_run(str(source))
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
 def newest(run) -> dict:
     return load_checkpoint(checkpoints(run)[0])
 
