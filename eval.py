@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, checkpoints, load_run
-from antlm.distributed import find_device_for_texts
+from antlm.distributed import find_device_for_texts, full_memory_in_one_line
 from antlm.files import Progress
 from antlm.program import clean_exit
 from antlm.tokenizer import END, MASK, SPECIAL, START, Tokenizer
@@ -506,13 +506,9 @@ def main(argv: list[str] | None = None):
     )
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
     add("--batch_tokens", type=int, default=0, help="0: 2048 on a CPU, else 16384; default: 0")
-    try:
-        evaluate(parser.parse_args(argv))
-    except RuntimeError as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if not out_of_memory and "can't allocate memory" not in str(error):
-            raise
-        raise UserError("the memory is full; choose a smaller --batch_tokens") from None
+    args = parser.parse_args(argv)
+    with full_memory_in_one_line("choose a smaller --batch_tokens"):
+        evaluate(args)
 
 
 if __name__ == "__main__":

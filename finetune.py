@@ -23,7 +23,7 @@ from torch import nn
 
 import config
 from antlm.checkpoint import WEIGHTS, LoadedRun, file_sha256, load_run
-from antlm.distributed import find_device_for_texts
+from antlm.distributed import find_device_for_texts, full_memory_in_one_line
 from antlm.program import clean_exit
 from antlm.tokenizer import PAD
 from babylm.classifier import Classifier
@@ -464,10 +464,8 @@ def run_task(task: str, settings: Settings, run: LoadedRun, results: dict, out: 
 
 def main(args: list[str]):
     """Run what the command line asks for; raises UserError and OSError."""
-    try:
+    with full_memory_in_one_line("choose a smaller --batch_rows"):
         run_tasks(args)
-    except torch.OutOfMemoryError:
-        raise UserError("the device's memory is full; choose a smaller --batch_rows") from None
 
 
 def run_tasks(args: list[str]):

@@ -210,13 +210,26 @@ def leave(processes: Processes, code: int):
 
 
 @contextmanager
+def full_memory_in_one_line(advice: str):
+    """Raise a UserError with this advice where the memory of a GPU or of the machine is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        # not torch.OutOfMemoryError alone: the compiler, the driver and a CPU raise others
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        raise UserError(f"the device's memory is full; {advice}") from None
+
+
+@contextmanager
 def errors_in_one_line():
     """End train.py as clean_exit does, with a line that says how to go on."""
     # A signal while it starts ends it at once: a process of several may be waiting in C++ for
     # another. Later ones are handled by StopSignals.
     with clean_exit(signals=()):
         try:
-            yield
+            with full_memory_in_one_line("lower --micro_rows, the batch stays the same"):
+                yield
             return
         except UserError as error:
             line = str(error)
@@ -228,16 +241,12 @@ def errors_in_one_line():
             if error.filename:
                 line = f"{error.filename}: {line}"
         except RuntimeError as error:
-            # not torch.OutOfMemoryError alone: the compiler and the driver raise others
-            if "out of memory" in str(error):
-                line = "the GPU's memory is full; lower --micro_rows, the batch stays the same"
-            elif "gloo" in str(error):
-                line = (
-                    f"process {os.environ['RANK']}: lost contact with another one; go on from the "
-                    "newest checkpoint with --resume"
-                )
-            else:
+            if "gloo" not in str(error):
                 raise
+            line = (
+                f"process {os.environ['RANK']}: lost contact with another one; go on from the "
+                "newest checkpoint with --resume"
+            )
         # torchrun ends all processes once one has failed: the first on each node is to say why
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") != "0":

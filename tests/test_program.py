@@ -23,9 +23,11 @@ from conftest import ROOT, TINY
 
 from antlm.checkpoint import save_checkpoint
 from antlm.compiling import find_compiler, missing_for_compile
+from antlm.distributed import full_memory_in_one_line
 from antlm.files import new_folder, write_json
 from antlm.program import STOP_SIGNALS, clean_exit
 from antlm.tokenizer import Tokenizer
+from config import UserError
 from model import Transformer
 from train import Settings
 
@@ -494,6 +496,48 @@ def cases_of(process: subprocess.Popen) -> list[Path]:
         if ignored & 1 << (signal.SIGINT - 1) and not ignored & 1 << (signal.SIGTERM - 1):
             cases.append(Path("/proc", pid))
     return cases
+
+
+# ------------------------------------------------------------------------------------- full memory
+
+FULL_MEMORY = """
+import runpy, sys
+import torch
+from antlm import ops
+ops.attention = lambda *args, **settings: torch.empty(1 << 45)
+sys.argv = {words}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path, advice",
+    [
+        ("train.py", "lower --micro_rows, the batch stays the same"),
+        ("eval.py", "choose a smaller --batch_tokens"),
+        ("finetune.py", "choose a smaller --batch_rows"),
+    ],
+)
+def test_a_full_memory_is_one_line(path, advice, place):
+    process = start(["-c", FULL_MEMORY.format(words=command(path, place))])
+    code, _, errors = end(process)
+    assert code == 1
+    assert errors == f"{path}: the device's memory is full; {advice}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+    ids=type,
+)
+def test_a_full_gpu_is_one_line_by_whichever_of_its_errors(error):
+    message = "^the device's memory is full; less$"
+    with pytest.raises(UserError, match=message), full_memory_in_one_line("less"):
+        raise error
 
 
 # ------------------------------------------------------------------------------------- no compiler

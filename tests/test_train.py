@@ -926,21 +926,6 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
         train.Processes("cuda")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
-        torch.AcceleratorError("CUDA error: out of memory"),
-    ],
-    ids=type,
-)
-def test_a_full_gpu_is_said_in_one_line(error):
-    """By whichever of torch's errors."""
-    message = "^[^\\n]*the GPU's memory is full; lower --micro_rows[^\\n]*$"
-    with pytest.raises(SystemExit, match=message), train.errors_in_one_line():
-        raise error
-
-
 @pytest.mark.slow
 def test_one_process_goes_on_as_two_nodes(corpus, tmp_path):
     """Two torchruns meet at an address and a port, as on two machines."""
