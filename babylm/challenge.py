@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from schedule import WORD_MARKS, words_before
+from schedule import words_before
 
 BACKENDS = {"causal": "causal", "masked": "mlm", "mntp": "mntp"}  # what the pipelines call a mode
 
@@ -115,10 +115,6 @@ YEARS = {
     ),
 }
 
-# Words seen at the checkpoints that are scored, by track.
-SMALL_MARKS = [mark for mark in WORD_MARKS if mark <= 100_000_000]
-TRACKS = {"strict-small": SMALL_MARKS, "strict": WORD_MARKS}
-
 
 def mark_name(words: int) -> str:
     """Return what the challenge calls the checkpoint at so many words."""
@@ -129,6 +125,16 @@ def words_per_step(content: dict) -> float:
     """Return how many words a checkpoint's run has seen in a step."""
     seen = content["words"] - words_before(content.get("history", []))
     return seen / content["step"]
+
+
+def marks_due(words: int, marks: list[int]) -> list[int]:
+    """Return the marks of which a run that ended after so many words has to show a checkpoint.
+
+    Beside those that it has reached, the next one, if it misses it by less than 5%: ten epochs of
+    a text of 9.96 million words end at 99.6 million. The last checkpoint then stands for that one.
+    marks: all that there are, WORD_MARKS of schedule.py
+    """
+    return [mark for mark in marks if 0.95 * mark < words]
 
 
 def reached_mark(words: int, words_per_step: float, marks: list[int]) -> int | None:

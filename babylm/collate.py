@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from babylm import aoa, reading
-from babylm.challenge import BACKENDS, TRACKS, YEARS, Set, mark_name
+from babylm.challenge import BACKENDS, YEARS, Set, mark_name
 from babylm.protocols import PROTOCOLS
 from babylm.tasks import Item, Tasks, fingerprint
 from config import require
@@ -22,7 +22,8 @@ from config import require
 class Scored:
     """All that a submission is made of.
 
-    name: of the model; mode: key of BACKENDS; year: key of YEARS; track: key of TRACKS
+    name: of the model; mode: key of BACKENDS; year: key of YEARS
+    marks: the words at whose checkpoints the challenge wants scores; [] in 2024
     full: {set: its items, and the result of the last checkpoint}
     fast: {words seen: {set: its items, and the result of that checkpoint}}
     pairs: the words in context; surprisals: {words seen: surprisal of each pair in nats}
@@ -33,7 +34,7 @@ class Scored:
     name: str
     mode: str
     year: str
-    track: str
+    marks: list[int]
     full: dict[Set, tuple[Tasks, dict]]
     fast: dict[int, dict[Set, tuple[Tasks, dict]]]
     pairs: list[aoa.Pair]
@@ -153,13 +154,13 @@ def fast_score(part: Set, tasks: Tasks, result: dict, mode: str, year: str) -> d
 
 
 def fast_results(scored: Scored) -> dict[str, list]:
-    """Return the scores of each fast set, for each checkpoint of the track; None where missing."""
+    """Return the scores of each fast set, for each checkpoint; None where missing."""
     results = {}
     for part in YEARS[scored.year].sets:
         if not part.fast:
             continue
         results[part.key] = []
-        for mark in TRACKS[scored.track]:
+        for mark in scored.marks:
             score = None
             if part in scored.fast.get(mark, {}):
                 score = fast_score(part, *scored.fast[mark][part], scored.mode, scored.year)
@@ -220,7 +221,7 @@ def collate(scored: Scored, tree: dict[str, dict]) -> dict:
     content = {part.key: tree.get(set_path(scored, part)) for part in year.sets}
     # the surprisals are taken only if they are those of all checkpoints
     content[year.words] = None
-    if set(scored.surprisals) == set(TRACKS[scored.track]):
+    if set(scored.surprisals) == set(scored.marks):
         content[year.words] = tree[words_path(scored, "surprisal.json")]
     if year.scores_age:
         content["aoa"] = tree.get(words_path(scored, "aoa_score.json"))

@@ -1,6 +1,6 @@
 """Score a whole run and write what the BabyLM challenge takes: from a run folder to a submission.
 
-    python -m babylm.submit runs/strict_small --mode causal --data evaluation_data --out submission
+    python -m babylm.submit runs/strict_small --mode mntp --data evaluation_data --out submission
     python -m babylm.submit runs/babyllama --mode causal --year 2024 --out submission
 
 For 2026, the default, and 2025 the last checkpoint is scored on the sets of full_eval and
@@ -34,11 +34,11 @@ from antlm.tokenizer import Tokenizer
 from babylm import aoa
 from babylm.challenge import (
     BACKENDS,
-    TRACKS,
     YEARS,
     Set,
     leaderboard,
     mark_name,
+    marks_due,
     reached_mark,
     words_per_step,
 )
@@ -46,6 +46,7 @@ from babylm.collate import Scored, collate, result_tree, scores_by_key, submissi
 from babylm.results import read_result
 from babylm.sets import OpenSet, Sets, find_sets
 from config import require
+from schedule import WORD_MARKS
 
 ROOT = Path(__file__).parent.parent
 SECONDS_BETWEEN_LINES = 30  # in which a long call says how far it is
@@ -68,10 +69,20 @@ def read_checkpoint(path: Path, tokenizer: Tokenizer) -> tuple[Checkpoint, dict]
     return Checkpoint(path, file_sha256(path)), content
 
 
-def find_checkpoints(
-    run: Path, year: str, track: str
-) -> tuple[Checkpoint, dict[int, Checkpoint], Tokenizer]:
-    """Return the last checkpoint, those at the words that the rules name, and the tokenizer.
+class RunCheckpoints(NamedTuple):
+    """What of a run is to be scored.
+
+    due: words at which the challenge wants a checkpoint; marks: those that there are, by words
+    """
+
+    last: Checkpoint
+    due: list[int]
+    marks: dict[int, Checkpoint]
+    tokenizer: Tokenizer
+
+
+def find_checkpoints(run: Path, year: str) -> RunCheckpoints:
+    """Return the checkpoints of a run that are scored: the last, and those that the rules name.
 
     Raises UserError for a run that has none, and for a checkpoint that does not belong to it.
     """
@@ -80,7 +91,7 @@ def find_checkpoints(
     tokenizer = Tokenizer(run / "tokenizer.json")
     if year == "2024":
         last, _ = read_checkpoint(paths[0], tokenizer)
-        return last, {}, tokenizer
+        return RunCheckpoints(last, [], {}, tokenizer)
 
     marks = {}
     print(f"{run}: reading {len(paths)} checkpoint(s)", flush=True)
@@ -88,7 +99,7 @@ def find_checkpoints(
         last, content = read_checkpoint(path, tokenizer)
         words = content.get("words")
         require(words is not None, f"{path}: does not say how many words it has seen (`words`)")
-        mark = reached_mark(words, words_per_step(content), TRACKS[track])
+        mark = reached_mark(words, words_per_step(content), WORD_MARKS)
         if mark is not None:
             marks.setdefault(mark, last)
     require(
@@ -96,7 +107,12 @@ def find_checkpoints(
         f"{run}: has no checkpoint at 1M, 2M ... words, of which the challenge wants the scores; "
         "train with --babylm_rules",
     )
-    return last, marks, tokenizer
+    # `last` and `words` are now those of the newest checkpoint
+    due = marks_due(words, WORD_MARKS)
+    if due[-1] > words:
+        print(f"{last.path.name}, the end at {words:,} words, stands for {mark_name(due[-1])}")
+        marks[due[-1]] = last
+    return RunCheckpoints(last, due, marks, tokenizer)
 
 
 # ------------------------------------------------------------------------------------ what is to do
@@ -143,11 +159,12 @@ def glue_job(task: str, checkpoint: Checkpoint, sets: Sets, args: argparse.Names
     tasks = [task]
     if task == "mnli" and "mnli-mm" in sets.glue:
         tasks.append("mnli-mm")  # scored with the model of mnli
+    configs = [ROOT / config for config in YEARS[args.year].glue_config]
     hashes = [sets.glue[name].sha256 for name in tasks]
+    hashes += [file_sha256(config) for config in configs]
     name = f"{checkpoint.path.stem}_{task}_{args.year}"
     result = result_path(args, name, checkpoint.sha256, *hashes)
-    arguments = ["finetune.py", str(checkpoint.path.resolve())]
-    arguments += [str(ROOT / config) for config in YEARS[args.year].glue_config]
+    arguments = ["finetune.py", str(checkpoint.path.resolve()), *map(str, configs)]
     arguments += [f"--data={sets.glue_folder.resolve()}", f"--out={result.resolve()}"]
     arguments += [f"--device={args.device}", f"--dtype={args.dtype}", f"--weights={args.weights}"]
     arguments.append(f"--tasks={','.join(tasks)}")
@@ -166,22 +183,20 @@ class Jobs:
         return [*self.full.values(), *self.glue.values(), *self.fast.values()]
 
 
-def make_jobs(
-    sets: Sets, last: Checkpoint, marks: dict[int, Checkpoint], args: argparse.Namespace
-) -> Jobs:
+def make_jobs(sets: Sets, run: RunCheckpoints, args: argparse.Namespace) -> Jobs:
     """Return all calls that a submission needs."""
     jobs = Jobs({}, {}, {})
     for part, opened in sets.full.items():
-        jobs.full[part] = eval_job(part.folder, last, [opened], args)
+        jobs.full[part] = eval_job(part.folder, run.last, [opened], args)
     for task in sets.glue:
         if task != "mnli-mm":
-            jobs.glue[task] = glue_job(task, last, sets, args)
+            jobs.glue[task] = glue_job(task, run.last, sets, args)
 
     several = list(sets.fast.values())
     if sets.words:
         several.append(sets.words)
     if several:
-        for mark, checkpoint in marks.items():
+        for mark, checkpoint in run.marks.items():
             jobs.fast[mark] = eval_job(mark_name(mark), checkpoint, several, args)
     return jobs
 
@@ -249,13 +264,13 @@ def call(arguments: list[str], log: Path) -> str:
     return last if code else ""
 
 
-def collect(sets: Sets, jobs: Jobs, tokenizer: Tokenizer, args: argparse.Namespace) -> Scored:
+def collect(sets: Sets, jobs: Jobs, run: RunCheckpoints, args: argparse.Namespace) -> Scored:
     """Read the results of all calls."""
     scored = Scored(
         name=args.name,
         mode=args.mode,
         year=args.year,
-        track=args.track,
+        marks=run.due,
         full={},
         fast={},
         pairs=sets.pairs,
@@ -276,7 +291,7 @@ def collect(sets: Sets, jobs: Jobs, tokenizer: Tokenizer, args: argparse.Namespa
 
     if scored.surprisals and YEARS[args.year].scores_age:
         children = sets.read_children()
-        scored.age = aoa.score_run(sets.pairs, scored.surprisals, children, tokenizer)
+        scored.age = aoa.score_run(sets.pairs, scored.surprisals, children, run.tokenizer)
     return scored
 
 
@@ -323,7 +338,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", type=Path, help="run folder with its checkpoints")
-    add("--mode", required=True, choices=BACKENDS, help="how the model is asked")
+    add("--mode", required=True, choices=BACKENDS, help="how the model is asked: as it was trained")
     add(
         "--data",
         type=Path,
@@ -332,7 +347,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, required=True, help="folder to write the submission into")
     add("--year", default="2026", choices=YEARS, help="default: %(default)s")
-    add("--track", default="strict-small", choices=TRACKS, help="default: %(default)s")
     add("--name", help="of the model; default: the run folder's")
     add("--incomplete", action="store_true", help="write null for what is missing")
     add("--device", default="auto", choices=DEVICES, help="default: %(default)s")
@@ -352,11 +366,10 @@ def main(argv: list[str] | None = None):
     require(ok, f"--name {args.name}: holds a dot or a slash; choose one without")
 
     # what is wrong or missing is said before hours are spent
-    last, marks, tokenizer = find_checkpoints(args.run, args.year, args.track)
+    run = find_checkpoints(args.run, args.year)
     sets = find_sets(args.data, args.year, args.mode)
     missing = list(sets.missing)
-    if args.year != "2024":
-        missing += [mark_name(mark) for mark in TRACKS[args.track] if mark not in marks]
+    missing += [mark_name(mark) for mark in run.due if mark not in run.marks]
     require(
         args.incomplete or not missing,
         f"missing: {', '.join(missing)}; add them, or write null for them with --incomplete",
@@ -366,9 +379,9 @@ def main(argv: list[str] | None = None):
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(exist_ok=True)
 
-    jobs = make_jobs(sets, last, marks, args)
+    jobs = make_jobs(sets, run, args)
     run_jobs(jobs.all())
-    scored = collect(sets, jobs, tokenizer, args)
+    scored = collect(sets, jobs, run, args)
     write_submission(scored, args.out)
     print_scores(scored)
 

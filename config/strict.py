@@ -1,6 +1,7 @@
 # An entry to BabyLM 2026, track strict (100M words): the recipe of strict_small.py, which says
 # where each line is from, on ten times the text. Hours: some 1.6 billion tokens, half an hour of
-# steps on an H100, nine days on two cores with AVX512_BF16.
+# steps on an H100, nine days on two cores with AVX512_BF16. Then
+# python -m babylm.submit runs/strict --mode mntp --data evaluation_data --out submission
 corpus = "corpora/babylm_100M"
 corpus_command = "python prepare.py babylm_100M --dev babylm_dev --vocab_size 16000 --out " + corpus
 out_dir = "runs/strict"

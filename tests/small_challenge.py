@@ -27,8 +27,7 @@ from babylm import challenge, reading, submit  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 MILLION = 1_000_000
-TRACKS = {"strict-small": [1 * MILLION, 2 * MILLION, 10 * MILLION]}
-TRACKS["strict"] = [*TRACKS["strict-small"], 100 * MILLION]
+WORD_MARKS = [1 * MILLION, 2 * MILLION, 10 * MILLION]
 GLUE = ("rte", "wsc")
 GLUE_2024 = ("cola", "mnli", "mnli-mm", "rte")
 N_VALID = 6  # items of each of them
@@ -88,8 +87,7 @@ def make_small(patch: pytest.MonkeyPatch):
     """Give babylm.submit the tables of this challenge, until the patch is undone."""
     for name in challenge.YEARS:
         patch.setitem(challenge.YEARS, name, small_year(name))
-    for name, marks in TRACKS.items():
-        patch.setitem(challenge.TRACKS, name, marks)
+    patch.setattr(submit, "WORD_MARKS", WORD_MARKS)
     for task in {*GLUE, *GLUE_2024}:
         patch.setitem(challenge.GLUE_ITEMS, task, N_VALID)
 

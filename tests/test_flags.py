@@ -730,10 +730,6 @@ def keys_of_ages(run: Trial) -> list[str]:
     return [key for key in submitted(run) if key.startswith("aoa")]
 
 
-def n_marks(run: Trial) -> int:
-    return len(submitted(run)["fast_eval_results"]["blimp_supplement"])
-
-
 def models_sent(run: Trial) -> list[str]:
     return [path.name for path in (run.folder / "sent").iterdir()]
 
@@ -745,7 +741,6 @@ SUBMIT_ROWS = [
     Row("data", {"@challenge": {"sees."}, "@other_challenge": {"hears."}}, verbs),
     Row("out", {"@out/sent": ["sent"], "@out/other": ["other"]}, folders),
     Row("year", {"2026": ["aoa_surprisals", "aoa"], "2025": ["aoa"], "2024": []}, keys_of_ages),
-    Row("track", {"strict-small": 3, "strict": 4}, n_marks),
     Row("name", {"mine": ["mine"], None: ["marks"]}, models_sent),
     Row("incomplete", {False: True, True: False}, is_refused),
     Row("weights", ("average", "last"), surprisals, {"run": "@averaged_marks"}),

@@ -23,6 +23,7 @@ from antlm.tokenizer import START, Tokenizer
 from babylm import challenge, submit
 from babylm.collate import official_choice
 from config import UserError
+from schedule import WORD_MARKS
 
 ROOT = Path(__file__).parent.parent
 MARKS = ["chck_1M", "chck_2M", "chck_10M"]
@@ -408,6 +409,26 @@ def write_other_context(run: Path, data: Path):
     path.write_text(path.read_text().replace("number 0", "number 9"))
 
 
+def test_fine_tuning_by_other_settings_is_done_again(run, data, tmp_path, monkeypatch):
+    for name in submit.find_sets(data, "2026", "causal").full:
+        shutil.rmtree(data / "full_eval" / name.folder)
+    shutil.rmtree(data / "fast_eval")
+    settings = tmp_path / "glue.py"
+    settings.write_text((ROOT / "config/finetune/glue_2026.py").read_text() + "epochs = 1\n")
+    year = dataclasses.replace(challenge.YEARS["2026"], glue_config=(str(settings),))
+    monkeypatch.setitem(challenge.YEARS, "2026", year)
+    call = arguments(run, data, tmp_path / "out", "--incomplete")
+    numbers = []
+    for lr in (3e-5, 3e-5, 1e-3):
+        with open(settings, "a") as file:
+            file.write("" if lr == 3e-5 else f"lr = {lr}\n")
+        recorder = Recorder()
+        monkeypatch.setattr(submit, "call", recorder)
+        submit.main(call)
+        numbers.append(len([label for label in recorder.labels if "chck" not in label]))
+    assert numbers == [len(small.GLUE), 0, len(small.GLUE)]
+
+
 @pytest.mark.parametrize(
     "change, more, done_again",
     [
@@ -534,12 +555,28 @@ def test_a_missing_checkpoint_is_null_in_its_place(run, few, tmp_path, here):
     assert {line["step"] for line in surprisals["results"]} == {"chck_1M", "chck_10M"}
 
 
-def test_the_strict_track_asks_for_its_own_checkpoints(run, few, tmp_path, here):
-    args = (run, few, tmp_path / "out", "--track=strict")
-    assert "chck_100M" in refusal(*args)
-    submit.main(arguments(*args, "--incomplete"))
-    scores = read(tmp_path / "out" / ONE_FILE)["fast_eval_results"]["blimp_supplement"]
-    assert [score is None for score in scores] == [False, False, False, True]
+@pytest.mark.parametrize(
+    "words, n_marks, missing",
+    [
+        (2_600_000, 2, ""),  # a shorter run has none beyond its end
+        (9_960_000, 3, ""),  # its last checkpoint stands for 10M
+        (9_400_000, 2, ""),
+        (10_200_000, 3, "chck_10M"),  # an earlier step had reached it
+    ],
+)
+def test_marks_are_asked_for_up_to_the_end_of_training(
+    run, few, tmp_path, here, words, n_marks, missing
+):
+    tokenizer = Tokenizer(run / "tokenizer.json")
+    small.write_checkpoint(checkpoints(run)[0], tokenizer, words, seed=5)
+    message = refusal(run, few, tmp_path / "out")  # sets are missing in any case
+    assert [name for name in MARKS if f" {name}" in message] == missing.split()
+    submit.main(arguments(run, few, tmp_path / "out", "--incomplete"))
+    content = read(tmp_path / "out" / ONE_FILE)
+    scores = content["fast_eval_results"]["blimp_supplement"]
+    assert len(scores) == n_marks
+    assert (None in scores) == bool(missing)
+    assert (content["aoa_surprisals"] is None) == bool(missing)
 
 
 def cut_line(path: Path):
@@ -905,10 +942,8 @@ def test_the_challenge_is_counted_right(monkeypatch):
     ambiref = 508 + 428 + 413 + 409 + 434 + 123
     moved = 516 + 437 + 399 + 406 + 353 + 116
     assert sizes["2026"]["entity_tracking_filtered"] == regular + ambiref + moved
-    assert {name: len(marks) for name, marks in challenge.TRACKS.items()} == {
-        "strict-small": 19,
-        "strict": 28,
-    }
+    assert len(challenge.marks_due(100_000_000, WORD_MARKS)) == 19  # strict-small
+    assert len(challenge.marks_due(1_000_000_000, WORD_MARKS)) == 28  # strict
 
 
 @pytest.mark.parametrize(
@@ -920,12 +955,12 @@ def test_the_challenge_is_counted_right(monkeypatch):
         (1_050_001, None),  # an earlier step had reached it
         (9_000_001, 9_000_000),
         (100_000_030, 100_000_000),
-        (200_000_000, None),  # beyond the track
+        (200_000_000, 200_000_000),
+        (1_100_000_000, None),
     ],
 )
-def test_a_checkpoint_stands_for_the_mark_that_its_last_step_reached(monkeypatch, words, mark):
-    monkeypatch.undo()
-    assert challenge.reached_mark(words, 50_000, challenge.TRACKS["strict-small"]) == mark
+def test_a_checkpoint_stands_for_the_mark_that_its_last_step_reached(words, mark):
+    assert challenge.reached_mark(words, 50_000, WORD_MARKS) == mark
 
 
 def test_words_of_an_earlier_run_do_not_make_a_step_longer():

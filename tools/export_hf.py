@@ -34,10 +34,11 @@ from antlm.checkpoint import WEIGHTS, WEIGHTS_HELP, LoadedRun, checkpoints, load
 from antlm.files import new_folder, write_json
 from antlm.program import clean_exit
 from antlm.tokenizer import PAD, byte_alphabet, tokenizer_json
-from babylm.challenge import TRACKS, mark_name, reached_mark, words_per_step
+from babylm.challenge import mark_name, marks_due, reached_mark, words_per_step
 from config import UserError, require
 from finetune import Settings as FinetuneSettings
 from model import ModelConfig, Transformer
+from schedule import WORD_MARKS
 
 # ------------------------------------------------------------------------------ config.json
 
@@ -241,7 +242,6 @@ def export_checkpoints(folder: Path, out: Path, name: str, weights: str) -> list
     # from the oldest to the newest; damaged ones are named and passed over
     lines = []
     run = None
-    marks = TRACKS["strict"]  # those of strict-small and more
     exported = set()
     for path in reversed(checkpoints(folder)):
         try:
@@ -251,7 +251,7 @@ def export_checkpoints(folder: Path, out: Path, name: str, weights: str) -> list
             continue
         words = run.content.get("words")
         require(words is not None, f"{path}: does not say how many words it has seen (`words`)")
-        mark = reached_mark(words, words_per_step(run.content), marks)
+        mark = reached_mark(words, words_per_step(run.content), WORD_MARKS)
         if mark is not None and mark not in exported:
             label = mark_name(mark)
             export(run, out / label, f"{name}/{label}")
@@ -265,9 +265,15 @@ def export_checkpoints(folder: Path, out: Path, name: str, weights: str) -> list
 
     # the newest one, which the loop loaded last
     words = run.content["words"]
-    export(run, out / "main", f"{name}/main")
-    lines.append(f"main: {run.path.name}, {words:,} words")
-    missing = [mark_name(mark) for mark in marks if mark <= words and mark not in exported]
+    due = marks_due(words, WORD_MARKS)
+    labels = ["main"]
+    if due and due[-1] > words:
+        labels.insert(0, mark_name(due[-1]))
+        exported.add(due[-1])
+    for label in labels:
+        export(run, out / label, f"{name}/{label}")
+        lines.append(f"{label}: {run.path.name}, {words:,} words")
+    missing = [mark_name(mark) for mark in due if mark not in exported]
     if missing:
         lines.append(f"no checkpoint of its own: {', '.join(missing)}; train with --babylm_rules")
     return lines
