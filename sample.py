@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None):
 
     device = find_device_for_texts(args.device)
     run = load_run(args.run, device, args.weights)
-    print(f"{run.path}: step {run.step} of {run.schedule}, {run.model.config.backbone}", flush=True)
+    print(run.describe(), flush=True)
     print_samples(run, args, device)
     objectives = find_objectives(run.full_schedule, run.path)
     is_causal = any(OBJECTIVES[name].causal for name in objectives)

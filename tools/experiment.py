@@ -513,7 +513,7 @@ def draw(spec: Spec, rows: list[dict]):
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; returns the exit code, raises UserError."""
     spec = config.load(Spec, argv)
-    name = next(Path(arg).stem for arg in argv if not arg.startswith("--"))
+    name = next(Path(arg).stem for arg in argv if arg.endswith(".py"))
     spec.out = spec.out or f"runs/experiments/{name}"
     spec.baseline = spec.baseline or next(iter(spec.arms))
     if not spec.corpus:
