@@ -493,16 +493,16 @@ class Batches:
         hiding = Hiding(mask_rate, self.mask_span, self.slots(objective), self.vocab_size)
         return OBJECTIVES[objective].build(self.rows(epoch, step, place), hiding)
 
-    def parts(self, phase: Phase, micro_rows: int, world: int) -> dict[str, tuple[int, int]]:
+    def part_sizes(self, phase: Phase, micro_rows: int, world: int) -> dict[str, tuple[int, int]]:
         """Return into how many parts each objective's rows are cut, and the rows of each part.
 
         The same at every step of the phase, so that a compiled model sees few shapes.
         """
-        parts = {}
+        sizes = {}
         for objective, n_rows in phase.split_rows(self.batch_rows).items():
             n_parts = math.ceil(n_rows / (micro_rows * world)) * world
-            parts[objective] = (n_parts, math.ceil(n_rows / n_parts))
-        return parts
+            sizes[objective] = (n_parts, math.ceil(n_rows / n_parts))
+        return sizes
 
     def micro_batches(
         self,
@@ -525,7 +525,7 @@ class Batches:
         start = 0
         # the objectives' rows follow one another in the step
         n_rows = self.split_rows(phase, step)
-        for objective, (n_parts, size) in self.parts(phase, micro_rows, world).items():
+        for objective, (n_parts, size) in self.part_sizes(phase, micro_rows, world).items():
             places = np.full(n_parts * size, -1)
             places[: n_rows[objective]] = np.arange(start, start + n_rows[objective])
             for index, part in enumerate(places.reshape(n_parts, size)):

@@ -106,7 +106,7 @@ class Settings:
         choices = {
             "optimizer": OPTIMIZERS,
             "lr_decay": DECAYS,
-            "mask_decay": DECAYS,
+            "mask_decay": ("linear", "cosine"),  # a constant rate has the same start and end
             "device": DEVICES,
             "precision": PRECISIONS,
             "compile": ("auto", "on", "off"),
@@ -162,14 +162,8 @@ class Settings:
                 )
 
     def check_schedule(self):
-        """Raise UserError where batch_rows cannot be shared, or for too many epochs."""
+        """Raise UserError where batch_rows cannot be shared by a mix, or for too many epochs."""
         phases = parse(self.schedule)
-        # each process has the same number of rows
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        require(
-            self.batch_rows % world == 0,
-            f"batch_rows = {self.batch_rows} must be a multiple of the {world} processes",
-        )
         for phase in phases:
             least = sum(weight for _, weight in phase.mix)
             require(
@@ -349,7 +343,7 @@ def count_shapes(s: Settings, batches: Batches, world: int) -> int:
     """Return how many kinds of forward pass the schedule has: a compiled model builds each once."""
     shapes = set()
     for phase in parse(s.schedule):
-        for objective, (_, n_rows) in batches.parts(phase, s.micro_rows, world).items():
+        for objective, (_, n_rows) in batches.part_sizes(phase, s.micro_rows, world).items():
             shapes.add((objective, n_rows))
     return len(shapes)
 

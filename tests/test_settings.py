@@ -336,11 +336,7 @@ TRAIN_ROWS = [
     Row("mask_end", {0.125: [16] * 6, 0.25: [16, 19, 22, 25, 28, 32]}, hidden_tokens, MASKED),
     Row(
         "mask_decay",
-        {
-            "linear": [32, 28, 25, 22, 19, 16],
-            "cosine": [32, 30, 26, 21, 17, 16],
-            "constant": [32] * 6,
-        },
+        {"linear": [32, 28, 25, 22, 19, 16], "cosine": [32, 30, 26, 21, 17, 16]},
         hidden_tokens,
         MASKED | {"mask_start": 0.25},
     ),
