@@ -150,7 +150,7 @@ def count_pieces(files: list[Path], map_blocks=map) -> Counter:
 
 
 def count_block(numbered_block: tuple[int, str]) -> tuple[dict[str, int], int]:
-    """Count the pieces of a block; returns the length of the block, too."""
+    """Count the pieces of a block; returns the bytes of the block, too."""
     _, block = numbered_block
     # No piece goes on from a word into the space behind it, so words can be cut by themselves, with
     # the space in front. They repeat: PATTERN, which is slow, then cuts each of them only once.
@@ -159,7 +159,7 @@ def count_block(numbered_block: tuple[int, str]) -> tuple[dict[str, int], int]:
     for word, count in words.items():
         for piece in find_pieces(word):
             counts[piece] = counts.get(piece, 0) + count
-    return counts, len(block)
+    return counts, len(block.encode())
 
 
 # ----------------------------------------------------------------------------- writing token files
@@ -263,12 +263,12 @@ def encode_block(
 ) -> tuple[int, np.ndarray, int, int]:
     """Encode a block of whole lines, so that no token is cut at its end.
 
-    Returns the number of its file, its ids, words and length.
+    Returns the number of its file, its ids, words and bytes.
     """
     number, block = numbered_block
     ids = tokenizer.bpe.encode_to_numpy(block, disallowed_special=())
     words = len(block.split())  # separated by spaces, as BabyLM counts
-    return number, ids, words, len(block)
+    return number, ids, words, len(block.encode())
 
 
 # ------------------------------------------------------------------------------------ the program

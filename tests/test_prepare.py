@@ -461,6 +461,16 @@ def test_empty_files_are_no_copies(tmp_path, tokenizer_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_progress_counts_what_the_total_counts(tmp_path, tokenizer):
+    """Bytes, also of letters that have several."""
+    text = tmp_path / "text.txt"
+    text.write_text("Мороз и солнце , день чудесный .\n" * 50, encoding="utf-8")
+    sizes = [prepare.count_block(block)[-1] for block in prepare.read_files([text])]
+    assert sum(sizes) == prepare.text_bytes([text])
+    sizes = [prepare.encode_block(tokenizer, block)[-1] for block in prepare.read_files([text])]
+    assert sum(sizes) == prepare.text_bytes([text])
+
+
 def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
     with pytest.raises(UserError, match="--vocab_size 259: must be at least 260"):
         make_corpus(tmp_path, [GOOD], vocab_size=259)
