@@ -370,8 +370,8 @@ def diffuse(rows: Rows, first: int = 0) -> Batch:
     n_hidden = np.minimum(1 + np.floor(rate * n_hideable), n_hideable)
 
     # shuffle the tokens and hide the first ones, always behind <mask>
-    place = np.argsort(shuffle(rows, np.arange(rows.tokens.shape[1]), hideable), axis=1)
-    hidden = place < n_hidden[:, None]
+    turn = np.argsort(shuffle(rows, np.arange(rows.tokens.shape[1]), hideable), axis=1)
+    hidden = turn < n_hidden[:, None]
     weight = (n_hideable / np.maximum(n_hidden, 1))[:, None]
     return Batch(
         tokens=np.where(hidden, MASK, rows.tokens),

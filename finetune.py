@@ -2,7 +2,7 @@
 
     python finetune.py runs/babyllama --data=evaluation_data/glue_filtered  # the eleven of 2024
     python finetune.py runs/babyllama config/finetune/glue_2026.py          # the seven of 2026
-    python finetune.py runs/babyllama config/finetune/glue_lora.py          # low-rank adapters, 2024
+    python finetune.py runs/babyllama config/finetune/glue_lora.py          # low-rank adapters
     python finetune.py runs/babyllama --tasks=rte,wsc --seeds=12,13,14      # mean and deviation
 
 Settings come from override files and flags as in train.py. The defaults are those of the 2024

@@ -57,7 +57,8 @@ def damaged_record(path: Path) -> str | None:
     """Return the name of a record that is not as torch.save wrote it; torch.load would read it."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            # a bit here marks a folder, and of a folder torch.load leaves the memory unwritten
+            # torch.save writes 0. A flipped bit makes a folder of the record, which no checksum
+            # covers, and for which torch.load returns memory that nothing has written to
             if record.external_attr != 0:
                 return record.filename
         return archive.testzip()  # the first whose checksum does not match

@@ -56,7 +56,8 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        # of a LayerNorm whose mean is 0: it differs by what of the gradient would move the mean
+        # LayerNorm's kernel, told that the mean is 0, gives this gradient but for one term: it also
+        # takes off the mean of grad * weight, which is put back below
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, (True, True, False)
         )

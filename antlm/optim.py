@@ -58,24 +58,24 @@ def trust_ratios(params: list[Tensor], update: list[Tensor]) -> list[Tensor]:
     return ratios
 
 
-def adamw(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
-    groups = decay_groups(hidden + other, plain, settings)
+def adamw(matrices: list, other: list, undecayed: list, settings, fused: bool) -> list:
+    groups = decay_groups(matrices + other, undecayed, settings)
     return [torch.optim.AdamW(groups, **adam_arguments(settings), fused=fused)]
 
 
-def lamb(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
-    return [Lamb(decay_groups(hidden + other, plain, settings), **adam_arguments(settings))]
+def lamb(matrices: list, other: list, undecayed: list, settings, fused: bool) -> list:
+    return [Lamb(decay_groups(matrices + other, undecayed, settings), **adam_arguments(settings))]
 
 
-def muon(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
-    """Muon for the hidden matrices, AdamW for the rest (Jordan et al. 2024).
+def muon(matrices: list, other: list, undecayed: list, settings, fused: bool) -> list:
+    """Muon for the matrices of the blocks, AdamW for the rest (Jordan et al. 2024).
 
     match_rms_adamw makes its steps as long as AdamW's, so that one learning rate serves both.
     """
     optimizer = torch.optim.Muon(
-        hidden, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return [optimizer, *adamw([], other, plain, settings, fused)]
+    return [optimizer, *adamw([], other, undecayed, settings, fused)]
 
 
 # Each takes the blocks' matrices, the other matrices that decay, the parameters that do not decay,
@@ -83,10 +83,10 @@ def muon(hidden: list, other: list, plain: list, settings, fused: bool) -> list:
 OPTIMIZERS = {"adamw": adamw, "lamb": lamb, "muon": muon}
 
 
-def decay_groups(decayed: list, plain: list, settings) -> list[dict]:
+def decay_groups(decayed: list, undecayed: list, settings) -> list[dict]:
     return [
         {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
 
 
@@ -99,18 +99,18 @@ def make_optimizers(model: nn.Module, settings, device: torch.device) -> list:
 
     Matrices decay; embeddings, biases and norms do not: what they hold has no scale to shrink to.
     """
-    hidden = []
+    matrices = []
     other = []
-    plain = []
+    undecayed = []
     for name, p in model.named_parameters():
         if p.dim() != 2 or name.startswith("embedding."):
-            plain.append(p)
+            undecayed.append(p)
         elif name.startswith("blocks."):
-            hidden.append(p)
+            matrices.append(p)
         else:
             other.append(p)
     fused = device.type != "mps"
-    return OPTIMIZERS[settings.optimizer](hidden, other, plain, settings, fused)
+    return OPTIMIZERS[settings.optimizer](matrices, other, undecayed, settings, fused)
 
 
 @torch.no_grad()
