@@ -113,16 +113,6 @@ def test_a_checkpoint_is_plain_data(path):
     assert content["config"]["n_embd"] == 4
 
 
-def test_a_compiled_model_is_saved_under_plain_names(tmp_path):
-    """torch.compile and DistributedDataParallel would put a prefix before every name."""
-    model, _ = trained_model()
-    model.compile(backend="eager")
-    path = tmp_path / "step_0000001.pt"
-    save_checkpoint(path, model)
-    names = load_checkpoint(path)["model"].keys()
-    assert names == Transformer(model.config).state_dict().keys()
-
-
 def test_a_failed_save_leaves_the_old_checkpoint(path):
     before = path.read_bytes()
     model, _ = trained_model()

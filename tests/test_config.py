@@ -181,6 +181,20 @@ def test_a_bad_file_is_named(file, text, expected):
         ("--mask_start=0.005", ["mask_start = 0.005", "128"]),
         ("--mask_end=1", ["mask_end = 1.0"]),
         ("--n_head=3", ["n_head = 3", "512"]),
+        ("--log_every=0", ["log_every = 0", "at least 1"]),
+        ("--eval_rows=0", ["eval_rows = 0", "at least 1"]),
+        ("--save_every=0", ["save_every = 0", "at least 1"]),
+        ("--seed=9223372036854775808", ["seed = 9223372036854775808", "2**63"]),
+        ("--weight_decay=-0.1", ["weight_decay = -0.1", "negative"]),
+        ("--clip=-1", ["clip = -1.0", "negative"]),
+        ("--skip_nonfinite=-1", ["skip_nonfinite = -1", "negative"]),
+        ("--eval_every=-1", ["eval_every = -1", "negative"]),
+        ("--beta1=1", ["beta1 = 1.0", "[0, 1)"]),
+        ("--beta2=-0.1", ["beta2 = -0.1", "[0, 1)"]),
+        ("--average_share=1.5", ["average_share = 1.5", "[0, 1]"]),
+        ("--lr_decay_share=0", ["lr_decay_share = 0.0", "(0, 1]"]),
+        ("--eps=0", ["eps = 0.0", "greater than 0"]),
+        ("--mask_decay=constant", ["'constant'", "linear, cosine"]),
     ],
 )
 def test_a_bad_flag_is_named(flag, expected):
@@ -262,11 +276,6 @@ def test_shipped_files_load_and_are_short(path):
     assert len(path.read_text().splitlines()) <= 36
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config/finetune").glob("*.py")), ids=str)
-def test_shipped_files_of_finetune_load(path):
-    assert config.load(finetune.Settings, [str(path)]) != finetune.Settings()
-
-
 def test_the_published_schedule_ships():
     assert load(str(ROOT / "config/babyllama.py")).schedule == "4_CLM+16_MLM+4_CLM"
 
@@ -277,8 +286,9 @@ def test_the_published_schedule_ships():
     [
         (["mine.py", "--n_layers=3"], "--n_layers=3: 'n_layers' is not a setting; "),
         (["mine.py"], "mine.py: n_embd = 33 must be a multiple of n_head = 8"),
+        (["--corpus=nowhere"], "nowhere: "),
     ],
-    ids=["unknown flag", "value that does not fit"],
+    ids=["unknown flag", "value that does not fit", "no corpus"],
 )
 def test_a_mistake_ends_train_py_with_one_line(file, tmp_path, args, expected):
     path = Path(file("n_embd = 33\n"))

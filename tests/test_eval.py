@@ -1136,6 +1136,8 @@ def test_modes_and_protocol_stand_in_the_name_of_a_result(tmp_path, make_run, to
         ("6_MLM", ["masked"]),
         ("1_1CLM:15MNTP", ["causal", "mntp"]),
         ("1_MLM+1_CLM", ["causal", "masked"]),
+        ("1_MDLM", ["masked"]),
+        ("1_MDNTP", ["mntp"]),
     ],
 )
 def test_the_schedule_gives_the_modes(tmp_path, make_run, schedule, modes):

@@ -8,6 +8,7 @@ import random
 import statistics
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -424,18 +425,6 @@ def test_each_epoch_of_fine_tuning_has_an_order_of_its_own(monkeypatch):
     assert asked == [(7, 1), (7, 2), (7, 3)]
 
 
-def test_bfloat16_is_used_in_training_and_evaluation():
-    split = make_split(8)
-    for dtype, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        seen = []
-        classifier = make_classifier()
-        classifier.dense.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y.dtype))
-        settings = make_settings(dtype=dtype)
-        finetune.train_epoch(classifier, Recorder(classifier), split, settings, 12, 1)
-        finetune.predict(classifier, split, settings)
-        assert seen == [expected, expected]
-
-
 class Script:
     """Stands in for predict: what each epoch predicts, and its loss."""
 
@@ -835,7 +824,31 @@ BAD = [
     (["--seeds=x"], "seeds must be whole numbers"),
     (["--dropout=1"], "dropout must lie in [0, 1)"),
     (["--pool=first"], "pool = 'first' must be one of auto, start, mean, last"),
+    (["--weights=best"], "weights = 'best' must be one of average, last"),
+    (["--mask=none"], "mask = 'none' must be one of auto, full, causal"),
+    (["--lr_decay=step"], "lr_decay = 'step' must be one of linear, cosine"),
+    (["--select=last"], "select = 'last' must be one of f1, metric, loss"),
+    (["--device=tpu"], "device = 'tpu' must be one of auto, cpu, cuda, mps"),
+    (["--dtype=float16"], "dtype = 'float16' must be one of float32, bfloat16"),
+    (["--max_length=7"], "max_length must be at least 8 tokens"),
+    (["--lora_rank=-1"], "lora_rank must not be negative"),
+    (["--lora_alpha=0"], "lora_alpha must be greater than 0"),
+    (["--lora_dropout=1"], "lora_dropout must lie in [0, 1)"),
+    (["--lr=0"], "lr must be greater than 0"),
+    (["--warmup=1"], "warmup must lie in [0, 1)"),
+    (["--weight_decay=-1"], "weight_decay must not be negative"),
+    (["--clip=-1"], "clip must not be negative"),
+    (["--batch_rows=0"], "batch_rows must be greater than 0"),
+    (["--epochs=0"], "epochs must be greater than 0"),
+    (["--patience=-1"], "patience must not be negative"),
+    (["--limit=-1"], "limit must not be negative"),
 ]
+
+
+def test_every_number_of_fine_tuning_has_a_value_that_is_refused():
+    refused = {args[0].split("=")[0].removeprefix("--") for args, _ in BAD}
+    numbers = {field.name for field in fields(finetune.Settings) if field.type in (int, float)}
+    assert numbers <= refused
 
 
 @pytest.mark.parametrize("args, expected", BAD, ids=str)

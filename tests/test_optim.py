@@ -97,6 +97,45 @@ def test_the_trust_ratio_of_a_zero_weight_or_update_is_one():
     assert [ratio.item() for ratio in trust_ratios(weights, updates)] == [2.5, 1.0, 1.0]
 
 
+# ---------------------------------------------------------------------------------------- Muon
+
+
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
+    """Five steps of Newton and Schulz with the coefficients of Jordan et al. (2024)."""
+    x = x / x.norm()
+    for _ in range(5):
+        square = x.mT @ x
+        x = 3.4445 * x + x @ (-4.7750 * square + 2.0315 * square @ square)
+    return x
+
+
+def names_of(model: Transformer, group: dict) -> set[str]:
+    """Return the names of the parameters of an optimizer's group."""
+    ids = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def test_muon_takes_the_matrices_of_the_blocks_by_the_published_update():
+    """Momentum 0.95 with Nesterov's correction, steps of 0.2 times the root of the longer side."""
+    model = small_model("babyllama")
+    muon, adamw = optimizers_of(model, "muon")
+    [group] = muon.param_groups
+    parts = ("qkv", "out", "gate_up", "down")
+    assert names_of(model, group) == {f"blocks.0.{part}.weight" for part in parts}
+
+    p = model.blocks[0].gate_up.weight  # (48, 16)
+    weight = p.detach().clone()
+    mean = torch.zeros_like(weight)
+    for seed in range(5):
+        draw_gradients(model, seed)
+        mean = 0.95 * mean + 0.05 * p.grad
+        update = 0.2 * math.sqrt(48) * orthogonalize(0.05 * p.grad + 0.95 * mean)
+        weight = weight * (1 - 0.1 * 0.1) - 0.1 * update  # weight_decay is 0.1
+        take_step([muon, adamw])
+    # torch orthogonalizes in bfloat16
+    assert (p - weight).norm() < 0.02 * weight.norm()
+
+
 # -------------------------------------------------------------------------------------- groups
 
 

@@ -375,7 +375,7 @@ def test_names_that_the_output_cannot_show_cost_no_result(path, place, request):
 
 
 # these print as they go, and save as they go
-PRINT_AS_THEY_GO = ("train.py", "finetune.py", "babylm/submit.py")
+PRINT_AS_THEY_GO = ("train.py", "eval.py", "finetune.py", "prepare.py", "babylm/submit.py")
 PRINT_LAST = [path for path in CALLS if CALLS[path].result and path not in PRINT_AS_THEY_GO]
 
 
@@ -385,7 +385,7 @@ def test_results_are_on_disk_before_anything_is_printed(path, place, request):
     """To a pipe that nobody reads, so that the first byte printed is the end."""
     if path == "tools/import_hf.py":
         request.getfixturevalue("hf")
-    process = start(command(path, place))
+    process = start(command(path, place), environment={"PYTHONUNBUFFERED": "1"})
     process.stdout.close()
     errors = process.stderr.read()
     # experiment.py has an exit code of its own, and grammar.py prints nothing

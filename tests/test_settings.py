@@ -325,6 +325,7 @@ TRAIN_ROWS = [
             "2_CLM": [True] * 6,
             "1_CLM+1_MLM": [True] * 3 + [False] * 3,
             "1_CLM:MNTP": [True, False] * 3,
+            "1_MDLM:MDNTP": [False] * 6,
         },
         causal_steps,
     ),

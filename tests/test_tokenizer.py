@@ -158,27 +158,41 @@ def test_trainer_equals_the_naive_one_on_random_text(alphabet):
         assert train_bpe(count_pieces(text), n_merges) == naive_bpe(text, n_merges), text
 
 
+def real_text() -> str:
+    """The beginnings of the files of BabyLM."""
+    if not REAL_TEXT.is_dir():
+        pytest.skip("no BabyLM text in ../shared/data/babylm_10M")
+    parts = [path.open(encoding="utf-8").read(60_000) for path in sorted(REAL_TEXT.glob("*.train"))]
+    return "".join(parts)
+
+
+def drawn_text() -> str:
+    """Words of few letters, so that many pairs are equally frequent."""
+    rng = random.Random(3)
+    return " ".join("".join(rng.choices("abcdé", k=rng.randrange(1, 9))) for _ in range(2000))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL_TEXT.is_dir(), reason="no BabyLM text in ../shared/data/babylm_10M")
-def test_trainer_equals_hugging_face_on_real_text(tmp_path):
+@pytest.mark.parametrize("make_text, vocab_size", [(real_text, 3000), (drawn_text, 900)])
+def test_trainer_equals_hugging_face(tmp_path, make_text, vocab_size):
+    """To the last tie."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import models, pre_tokenizers, trainers
 
-    parts = [path.open(encoding="utf-8").read(60_000) for path in sorted(REAL_TEXT.glob("*.train"))]
-    text = "".join(parts)
+    text = make_text()
     reference = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     reference.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     trainer = trainers.BpeTrainer(
-        vocab_size=3000,
+        vocab_size=vocab_size,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     reference.train_from_iterator([text], trainer)
     reference.save(str(tmp_path / "reference.json"))
-    save_tokenizer(tmp_path / "tokenizer.json", train_bpe(count_pieces(text), 3000 - 260))
+    save_tokenizer(tmp_path / "tokenizer.json", train_bpe(count_pieces(text), vocab_size - 260))
 
     expected = json.loads((tmp_path / "reference.json").read_text("utf-8"))["model"]
     model = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from conftest import (
     ROOT,
     TINY,
-    error_line,
     finish,
     read_losses,
     read_metrics,
@@ -38,7 +37,6 @@ from conftest import (
 )
 from kill import differences, same
 
-import config
 import prepare
 import schedule
 import train
@@ -52,8 +50,9 @@ from antlm.checkpoint import (
     step_of,
 )
 from antlm.compiling import Choice, choose, missing_for_compile, product_speed
+from antlm.distributed import find_device
 from antlm.metrics import TrainingLog
-from antlm.optim import OPTIMIZERS, guarded_step, make_optimizers
+from antlm.optim import guarded_step, make_optimizers
 from config import UserError
 from data import OBJECTIVES, Batches, Corpus, dropout_seed
 from model import BACKBONES, ModelConfig, Transformer
@@ -350,14 +349,6 @@ def test_every_pass_of_a_run_draws_a_dropout_of_its_own(short_run, corpus, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_learns(short_run, tmp_path, optimizer):
-    train_here(*short_run, "--schedule=4_CLM", f"--optimizer={optimizer}", "--lr=1e-2")
-    losses = [loss["CLM"] for loss in read_losses(tmp_path / "run").values()]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-
-
-@pytest.mark.slow
 def test_it_learns_and_the_folder_says_how(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
     args = [*TINY, "--schedule=3_CLM+3_MLM", "--lr=1e-2", "--log_every=10"]
@@ -425,12 +416,6 @@ def test_babylm_rules(corpus, tmp_path, monkeypatch):
         content = load_checkpoint(path)
         kept[content["step"]] = content["words"]
     assert kept == {step: words[step] for step in expected}
-
-
-def test_babylm_rules_allow_ten_epochs():
-    assert config.load(train.Settings, ["--schedule=2_CLM+6_MLM+2_CLM", "--babylm_rules"])
-    with pytest.raises(UserError, match="'2_CLM.6_MLM.3_CLM' has more than the 10 epochs"):
-        config.load(train.Settings, ["--schedule=2_CLM+6_MLM+3_CLM", "--babylm_rules"])
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux about the processor")
@@ -512,8 +497,9 @@ INTERRUPTIBLE = [
     [
         (train, "dropout_seed", 2),  # in the first step, after its first pass
         (train, "dropout_seed", 17),  # in a step, between two log lines
-        (Batches, "batch", 24),  # while rows are made, or in an evaluation
-        (Transformer, "forward", 22),
+        (Batches, "batch", 24),  # while rows are made
+        (Transformer, "forward", 21),  # in the evaluation after step 6, of CLM; MLM is left
+        (Transformer, "forward", 22),  # in its last pass
     ],
 )
 def test_a_signal_between_passes_is_obeyed_and_loses_nothing(
@@ -527,6 +513,8 @@ def test_a_signal_between_passes_is_obeyed_and_loses_nothing(
         assert exit_code(*args, f"--out_dir={tmp_path / 'cut'}") == 128 + signal.SIGTERM
     if name != "batch":  # a step makes all its batches before its first pass
         assert len(calls) == at_call
+    evaluated = [entry["step"] for entry in read_metrics(tmp_path / "cut") if "dev" in entry]
+    assert (6 in evaluated) == (name == "forward" and at_call == 22 or name == "batch")
     train_here(*args, f"--out_dir={tmp_path / 'cut'}", "--resume")
     assert differences(tmp_path / "uninterrupted", tmp_path / "cut") == []
 
@@ -575,13 +563,17 @@ def test_a_run_that_had_ended_says_so(short_run, capsys):
 
 
 @pytest.mark.slow
-def test_every_shape_of_a_long_schedule_is_compiled(short_run, graphs):
+def test_every_shape_of_a_long_schedule_is_compiled(short_run, tmp_path, graphs):
     """More than the eight after which torch would go on uncompiled, each once for all layers."""
     mixes = [f"1_{weight}CLM:{12 - weight}MLM" for weight in (1, 2, 3, 4, 5)]
     small = [f"--schedule={'+'.join(mixes)}", "--n_layer=2", "--eval_rows=1", "--log_every=99"]
     train_here(*short_run, *small, "--compile=on")
     # CLM with 2, 4, 6, 8 and 10 rows, MLM with the rest of 24; evaluation builds nothing
     assert len(graphs) == 10
+    # nothing in the checkpoint tells that the model was compiled
+    content = load_checkpoint(checkpoints(tmp_path / "run")[0])
+    model = Transformer(ModelConfig(**content["config"]))
+    assert content["model"].keys() == model.state_dict().keys()
 
 
 def test_without_a_compiler_a_run_is_refused_or_goes_on_uncompiled(short_run, monkeypatch, capsys):
@@ -788,12 +780,6 @@ def test_a_block_longer_than_the_text_is_refused(short_run):
     assert "block_size 100000" in message
 
 
-@pytest.mark.slow
-def test_bad_starts_end_in_one_line(short_run):
-    assert "nowhere" in error_line(start(*short_run, "--corpus=nowhere"))
-    assert "did you mean 'n_layer'?" in error_line(start(*short_run, "--n_layers=3"))
-
-
 def test_a_mistake_in_the_code_is_not_blamed_on_a_checkpoint(short_run, monkeypatch):
     def mistaken(self, config, embedding):
         raise AttributeError("no such thing")
@@ -923,6 +909,16 @@ def free_port() -> int:
     pytest.fail("no free port")
 
 
+@pytest.mark.parametrize(
+    "cuda, mps, expected",
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_the_fastest_device_is_chosen(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert find_device("auto").type == expected
+
+
 def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -952,6 +948,39 @@ def test_one_process_goes_on_as_two_nodes(corpus, tmp_path):
     assert "2 process(es)" in printed
     assert f"run {cut}, starts at step {step} of" in printed
     assert_close(uninterrupted, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("receiver", ["torchrun", "second process", "all, as by Ctrl-C"])
+def test_a_signal_stops_all_processes_after_the_same_step(corpus, tmp_path, receiver):
+    """torchrun sends on what it receives, so that by Ctrl-C each process is told twice."""
+    cut = tmp_path / "cut"
+    args = [*TINY, "--schedule=9_CLM+1_MLM", f"--corpus={corpus}", "--micro_rows=5"]
+    process = start(*args, f"--out_dir={cut}", torchrun=TWO_PROCESSES)
+    wait_for_line(process, "step 4/")
+    first, second = process_ids(process)
+    receivers = {"torchrun": [process.pid], "second process": [second]}
+    for pid in receivers.get(receiver, [first, second, process.pid]):
+        os.kill(pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "go on with the same command and --resume" in printed
+    (saved,) = checkpoints(cut)
+    assert 4 <= load_checkpoint(saved)["step"] < 50
+
+    train_here(*args, f"--out_dir={cut}", "--resume")
+    train_here(*args, f"--out_dir={tmp_path / 'uninterrupted'}")
+    assert_close(tmp_path / "uninterrupted", cut)
+
+
+def test_processes_that_see_different_folders_are_refused(short_run, tmp_path, monkeypatch):
+    """As on two nodes whose out_dir is a disk of their own: the other one finds no checkpoint."""
+    train_here(*short_run)
+    one = train.Processes("cpu")
+    two = types.SimpleNamespace(**vars(one) | {"world": 2}, sum=lambda numbers: numbers)
+    two.wait = two.print = lambda *text: None
+    monkeypatch.setattr(train, "Processes", lambda device: two)
+    assert "must be one folder for all" in refusal(*short_run, "--resume")
 
 
 @pytest.mark.slow
