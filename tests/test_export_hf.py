@@ -848,6 +848,19 @@ def test_a_mark_far_behind_is_not_passed_off(tmp_path, capsys):
     assert "chck_9M, chck_20M;" in capsys.readouterr().out
 
 
+def test_the_end_stands_for_a_mark_that_it_just_misses(tmp_path, capsys):
+    run = tmp_path / "run"
+    make_run(run, KINDS["untied"], words=9_000_000, step=900)
+    make_run(run, KINDS["untied"], words=9_960_000, step=996)
+    export_hf.main([str(run), str(tmp_path / "out"), "--checkpoints"])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["chck_10M", "chck_9M", "main"]
+    assert "chck_10M: step_0000996.pt, 9,960,000 words" in capsys.readouterr().out
+    _, due, marks, _ = submit.find_checkpoints(run, "2026")
+    assert due[-1] == 10_000_000
+    assert marks[10_000_000].path.name == "step_0000996.pt"
+
+
 def test_an_export_and_a_submission_take_the_same_checkpoints(tmp_path):
     """Also of a run that went on from another one, whose words count but whose steps do not."""
     run = tmp_path / "run"

@@ -267,6 +267,7 @@ def export_checkpoints(folder: Path, out: Path, name: str, weights: str) -> list
     words = run.content["words"]
     due = marks_due(words, WORD_MARKS)
     labels = ["main"]
+    # it stands for a mark, too, that the end of training just misses
     if due and due[-1] > words:
         labels.insert(0, mark_name(due[-1]))
         exported.add(due[-1])
