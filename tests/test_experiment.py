@@ -409,6 +409,15 @@ def test_bad_specs_end_in_one_line_before_anything_starts(tmp_path, text, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_a_study_has_the_name_of_its_file(tmp_path, monkeypatch):
+    """Of whatever ending, and not of a flag's value in front of it."""
+    monkeypatch.chdir(tmp_path)
+    spec = ROOT / "config/experiments/antlm_micro.py"
+    (tmp_path / "study.spec").write_text(spec.read_text())
+    with pytest.raises(UserError, match="^runs/experiments/study: does not exist"):
+        experiment.main(["--limit", "2", "study.spec", "--table"])
+
+
 def test_unequal_epochs_are_allowed_on_request(tmp_path):
     arms = 'arms = {"a": dict(schedule="1_CLM"), "b": dict(schedule="2_CLM")}'
     spec = load(write_spec(tmp_path, arms, "unequal_epochs = True"))

@@ -513,8 +513,11 @@ def draw(spec: Spec, rows: list[dict]):
 def main(argv: list[str]) -> int:
     """Do what the command line asks for; returns the exit code, raises UserError."""
     spec = config.load(Spec, argv)
-    name = next(Path(arg).stem for arg in argv if arg.endswith(".py"))
-    spec.out = spec.out or f"runs/experiments/{name}"
+    if not spec.out:
+        # as config.load tells files from flags and their values
+        sources = [source for source, _ in config.read_arguments(Spec, argv)]
+        file = next(source for source in sources if not source.startswith("--"))
+        spec.out = f"runs/experiments/{Path(file).stem}"
     spec.baseline = spec.baseline or next(iter(spec.arms))
     if not spec.corpus:
         spec.corpus = f"{spec.out}/corpus_{spec.slice}"  # a changed slice makes another corpus
