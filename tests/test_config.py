@@ -21,11 +21,6 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "__init__.py")
 
 
-@pytest.fixture(autouse=True)
-def without_torchrun(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-
 @pytest.fixture
 def file(tmp_path):
     """A function that writes an override file and returns its path."""
@@ -204,7 +199,7 @@ def test_a_bad_flag_is_named(flag, expected):
         assert part in line
 
 
-def test_combinations_that_cannot_be(file, monkeypatch):
+def test_combinations_that_cannot_be(file):
     ltg_bert = file("backbone = 'ltg_bert'\n")
     assert "n_bucket" in refusal(ltg_bert, "--n_bucket=1")
     assert "n_bucket" in refusal(ltg_bert, "--n_bucket=32", "--max_position=32")
