@@ -280,23 +280,30 @@ def position_scores(x: Tensor, table: Tensor) -> Tensor:
 
     x (B, H, n, d), table (H, n + m, d); the result is (B, H, n, m)
     """
-    # y[i, c] = x_i . table[c]: one product for all rows of the batch, or the table would be
-    # copied for each of them
-    y = x.transpose(0, 1).flatten(1, 2) @ table.mT
-    y = y.unflatten(1, (x.size(0), -1))  # (H, B, n, n + m)
+    B, _, n, _ = x.shape
+    m = table.size(-2) - n
+    # Queries are taken s at a time, because s of them together need only m + s rows of the table.
+    s = 32 if n % 32 == 0 else n
+    x = x.unflatten(2, (-1, s)).permute(1, 2, 0, 3, 4)  # (H, n / s, B, s, d)
+    rows = [table[:, start : start + m + s] for start in range(n - s, -1, -s)]
+    rows = torch.stack(rows, dim=1)  # (H, n / s, m + s, d)
 
-    # Wanted is column c = n - 1 + j - i of row i: each row begins one column before the row above.
+    # y[i, c] = x_i . rows[c]: one product for all rows of the batch, or the rows would be copied
+    # for each of them
+    y = x.flatten(2, 3) @ rows.mT
+    y = y.unflatten(2, (B, s))  # (H, n / s, B, s, m + s)
+
+    # Wanted is column c = s - 1 + j - i of row i: each row begins one column before the row above.
     # In memory the rows lie end to end, so with a width of one less every row moves by one column:
     #
-    #     n = m = 3, columns 0 to 5                the same numbers from the third on, five a line
+    #     s = m = 3, columns 0 to 5                the same numbers from the third on, five a line
     #     row 0    .  .  2  3  4  .                     2  3  4  .  .
     #     row 1    .  1  2  3  .  .                     1  2  3  .  .
     #     row 2    0  1  2  .  .  .                     0  1  2  .  .
     #
-    n, width = y.shape[-2:]
-    y = y.flatten(-2)[..., n - 1 : -1]
-    y = y.unflatten(-1, (n, width - 1))
-    return y[..., : width - n].transpose(0, 1)
+    y = y.flatten(-2)[..., s - 1 : -1]
+    y = y.unflatten(-1, (s, m + s - 1))[..., :m]
+    return y.permute(2, 0, 1, 3, 4).flatten(2, 3)
 
 
 # --------------------------------------------------------------------------- loss of the vocabulary

@@ -268,7 +268,9 @@ def test_dropout_takes_any_shape(shape):
 # ------------------------------------------------------------------- LTG-BERT's position scores
 
 
-@pytest.mark.parametrize("n, m", [(1, 1), (1, 4), (2, 2), (5, 5), (3, 7), (7, 3)])
+@pytest.mark.parametrize(
+    "n, m", [(1, 1), (1, 4), (2, 2), (5, 5), (3, 7), (7, 3), (32, 40), (64, 64), (96, 70)]
+)
 def test_position_scores_are_the_lookup(n, m):
     torch.manual_seed(5)
     inputs = [random(2, 3, n, 4), random(3, n + m, 4)]
