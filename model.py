@@ -279,10 +279,10 @@ class LTGEmbedding(nn.Module):
         self.register_buffer("buckets", buckets, persistent=False)
 
     def forward(self, tokens: Tensor, start: int):
-        """Return x (B, T, D), the table (2 n_bucket - 1, D) and its row for each distance.
+        """Return x (B, T, D), the table (2 n_bucket - 1, D) and what picks a row for each distance.
 
-        The rows are those of distances i - j from start + T - 1 down to -T, (start + 2 T,): one
-        more than any query needs, for ops.position_scores.
+        The distances i - j are those from start + T - 1 down to -T: one more than any query needs,
+        for ops.position_scores. Each has a row of zeros and a one, (start + 2 T, 2 n_bucket - 1).
         """
         T = tokens.size(1)
         rate = self.dropout if self.training else 0.0
@@ -290,8 +290,11 @@ class LTGEmbedding(nn.Module):
         distance = torch.arange(start + T - 1, -T - 1, -1, device=tokens.device)
         distance = distance.clamp(-self.max_distance, self.max_distance)
         rows = self.buckets[distance + self.max_distance]
+        # a product with it is exact, and its gradient a product, too: on a GPU, which would add up
+        # the rows of a lookup one after the other, that is faster
+        selection = F.one_hot(rows, len(self.relative)).to(self.relative.dtype)
         x = dropout(bare_norm(self.tokens(tokens)), rate)
-        return x, (self.relative_norm(self.relative), rows)
+        return x, (self.relative_norm(self.relative), selection)
 
 
 class LTGBlock(nn.Module):
@@ -313,7 +316,7 @@ class LTGBlock(nn.Module):
         self.down = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, shared, mask: Mask, cache: list | None = None) -> Tensor:
-        table, rows = shared
+        table, selection = shared
         rate = self.dropout if self.training else 0.0
 
         # queries, keys and values of the tokens, (B, H, T, d)
@@ -332,9 +335,9 @@ class LTGBlock(nn.Module):
         # score(i, j) = (q_i . k_j + q_i . k_position[i - j] + k_j . q_position[i - j]) * scale
         # three terms, each of variance d: hence 3 d in the scale
         scale = (3 * q.size(-1)) ** -0.5
-        mirrored = rows.flip(0).roll(-1)  # the rows as the keys see them: of distances j - i
-        content_to_position = ops.position_scores(q, k_position[:, rows])
-        position_to_content = ops.position_scores(k, q_position[:, mirrored]).mT
+        mirrored = selection.flip(0).roll(-1, 0)  # the distances as the keys see them: j - i
+        content_to_position = ops.position_scores(q, selection @ k_position)
+        position_to_content = ops.position_scores(k, mirrored @ q_position).mT
         bias = (content_to_position + position_to_content) * scale
         y = merge_heads(attend(q, k, v, mask, bias, scale, rate))
         # the norm behind the attention lies inside the residual branch
