@@ -248,6 +248,11 @@ def attention(
         short_bfloat16 = q.dtype == torch.bfloat16 and k.size(-2) <= 512
         if rate > 0 or short_bfloat16:
             return plain_attention(q, k, v, hidden=hidden, bias=bias, scale=scale, rate=rate)
+    # A bias rules out the kernels that are fast on a GPU. Compiled, products with one loop between
+    # them save a layer of LTG-BERT 6% (H100, rows of 128 tokens), and keep more in memory.
+    compiled_bias = torch.compiler.is_compiling() and bias is not None
+    if q.device.type == "cuda" and compiled_bias and k.size(-2) <= 256:
+        return plain_attention(q, k, v, hidden=hidden, bias=bias, scale=scale, rate=rate)
     if triangle and bias is None:
         return F.scaled_dot_product_attention(q, k, v, None, rate, is_causal=True, scale=scale)
     mask = additive_mask(q, hidden, bias)

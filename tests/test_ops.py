@@ -143,6 +143,18 @@ def test_attention_is_the_formula(device, dtype, tolerance, biased, mask, n_quer
     )
 
 
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("triangle", [False, True])
+def test_compiled_attention_is_the_formula(device, triangle):
+    """On a GPU a compiled one with a bias is made of products."""
+    torch.manual_seed(4)
+    inputs = [random(2, 3, 6, 8, device=device) for _ in range(3)]
+    inputs.append(random(2, 3, 6, 6, device=device))
+    hidden = later_keys(6, device) if triangle else None
+    compiled = torch.compile(attention, dynamic=False)
+    assert_same_function(compiled, plain_attention, inputs, 1e-6, triangle=triangle, hidden=hidden)
+
+
 @each_device
 def test_attention_in_bfloat16_is_the_formula_for_long_rows(device):
     """Beyond 512 keys a CPU changes to another kernel."""
