@@ -344,7 +344,7 @@ class LTGBlock(nn.Module):
         x = x + dropout(self.out_norm(self.out(y)), rate)
 
         # feed-forward
-        y = ops.gated_norm(bare_norm(x), self.up_gate.weight, eps=1e-7)  # (B, T, F)
+        y = ops.gated_norm(self.up_gate(bare_norm(x)), eps=1e-7)  # (B, T, F)
         return x + dropout(self.down(y), rate)
 
 

@@ -135,27 +135,22 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 # --------------------------------------------------------------------- LTG-BERT's gate and its norm
 
 
-def plain_gated_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def plain_gated_norm(x: Tensor, eps: float) -> Tensor:
     """Apply GEGLU (Shazeer 2020), then LayerNorm without affine parameters."""
-    up, gate = weight.chunk(2)
-    y = F.linear(x, up) * F.gelu(F.linear(x, gate), approximate="tanh")
+    up, gate = x.chunk(2, dim=-1)
+    y = up * F.gelu(gate, approximate="tanh")
     return F.layer_norm(y, y.shape[-1:], eps=eps)
 
 
-def gated_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return LayerNorm(up * gelu(gate)) of x (..., D), which weight (2 F, D) turns into both."""
+def gated_norm(x: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm(up * gelu(gate)) of x (..., 2 F), whose halves are up and gate."""
     if runs_eagerly_on_cpu(x):
-        # one product is faster than two; compiled, two are, or the gradients of the halves of its
-        # result would be put together in a pass of their own
-        return GatedNorm.apply(F.linear(x, weight), eps)
-    return plain_gated_norm(x, weight, eps)
+        return GatedNorm.apply(x, eps)
+    return plain_gated_norm(x, eps)
 
 
 class GatedNorm(torch.autograd.Function):
-    """Gate and norm of up and gate side by side, (..., 2 F), which is all that it keeps.
-
-    The gate is computed a second time, which is faster than to keep 4 F.
-    """
+    """gated_norm, which computes the gate a second time and so keeps x alone: 2 F, not 4 F."""
 
     @staticmethod
     def forward(ctx, x, eps):
