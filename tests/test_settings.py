@@ -232,8 +232,8 @@ def n_positions(run: Trial) -> int:
 
 def distances_in_last_bucket(run: Trial) -> int:
     """How many of the distances from 15 down have the bucket of 15."""
-    _, (_, rows) = ltg_embedding(run)(torch.zeros(1, 16, dtype=torch.long), 0)
-    return int((rows == rows[0]).sum())
+    _, (_, selection) = ltg_embedding(run)(torch.zeros(1, 16, dtype=torch.long), 0)
+    return int((selection == selection[0]).all(1).sum())
 
 
 def first_tokens(run: Trial) -> list[int]:
