@@ -47,15 +47,20 @@ def signals_of_a_terminal():
             signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.fixture(autouse=True)
-def process_state():
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
     """Use one thread, since more only wait for each other in models this small.
 
-    The threads and the signal handlers, which train.train sets, are put back afterwards.
+    In fixtures of a module, too: on some CPUs the last bit of a sum depends on the threads.
     """
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def process_state():
+    """Put back the threads and the signal handlers, which train.train sets."""
     n_threads = torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
     for number, handler in handlers.items():
