@@ -242,21 +242,26 @@ def attention(
     bias: broadcasts to (B, H, Tq, Tk), added to the scaled scores
     rate: dropout of the probabilities
     """
-    # On a CPU torch 2.13's kernel is slow with dropout, and in bfloat16 takes four times as long
-    # as products for rows of 128 tokens, the same from 1024 on.
-    if q.device.type == "cpu":
-        short_bfloat16 = q.dtype == torch.bfloat16 and k.size(-2) <= 512
-        if rate > 0 or short_bfloat16:
-            return plain_attention(q, k, v, hidden=hidden, bias=bias, scale=scale, rate=rate)
-    # A bias rules out the kernels that are fast on a GPU. Compiled, products with one loop between
-    # them save a layer of LTG-BERT 6% (H100, rows of 128 tokens), and keep more in memory.
-    compiled_bias = torch.compiler.is_compiling() and bias is not None
-    if q.device.type == "cuda" and compiled_bias and k.size(-2) <= 256:
+    if products_are_faster(q, k, bias, rate):
         return plain_attention(q, k, v, hidden=hidden, bias=bias, scale=scale, rate=rate)
     if triangle and bias is None:
         return F.scaled_dot_product_attention(q, k, v, None, rate, is_causal=True, scale=scale)
     mask = additive_mask(q, hidden, bias)
     return F.scaled_dot_product_attention(q, k, v, mask, rate, scale=scale)
+
+
+def products_are_faster(q: Tensor, k: Tensor, bias: Tensor | None, rate: float) -> bool:
+    """Whether plain products take less time than the kernel that torch has for this attention."""
+    n_key = k.size(-2)
+    # On a CPU torch 2.13's kernel is slow with dropout, and in bfloat16 takes four times as long
+    # as products for rows of 128 tokens, the same from 1024 on.
+    if q.device.type == "cpu":
+        return rate > 0 or (q.dtype == torch.bfloat16 and n_key <= 512)
+    # On a GPU a bias rules out the fast kernels. Compiled, products with one loop between them save
+    # a layer of LTG-BERT 6% (H100, rows of 128 tokens), and keep more in memory.
+    if q.device.type == "cuda":
+        return bias is not None and n_key <= 256 and torch.compiler.is_compiling()
+    return False
 
 
 def additive_mask(q: Tensor, hidden: Tensor | None, bias: Tensor | None) -> Tensor | None:
